@@ -1,0 +1,165 @@
+"""The PTX instructions that the kernels use by name: one function each, registers in, registers out.
+
+Fragments of warp-level products (mma.m16n8k16) are plain Python tuples of registers, so that they never go through local memory.
+Lane l of a warp has row = l // 4 and column pair = 2 * (l % 4); a 16 x 16 operand A holds (row, cols), (row + 8, cols),
+(row, cols + 8), (row + 8, cols + 8), an accumulator 16 x 8 holds (row, col), (row, col + 1), (row + 8, col), (row + 8, col + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cutlass import Float32, Int32, Uint32
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
+
+F4 = tuple[Float32, Float32, Float32, Float32]
+U4 = tuple[Uint32, Uint32, Uint32, Uint32]
+
+
+def _asm(text: str, results: Sequence, args: Sequence, constraints: str, effects: bool = False, loc=None, ip=None):
+    values = [a.ir_value(loc=loc, ip=ip) for a in args]
+    types = [t.mlir_type for t in results]
+    result_type = None if not types else types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    out = llvm.inline_asm(
+        result_type, values, text, constraints, has_side_effects=effects, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+    if not types:
+        return None
+    if len(types) == 1:
+        return results[0](out)
+    return tuple(
+        t(llvm.extractvalue(mt, out, ir.DenseI64ArrayAttr.get([i]), loc=loc, ip=ip))
+        for i, (t, mt) in enumerate(zip(results, types))
+    )
+
+
+@dsl_user_op
+def ldmatrix_x4(address: Int32, *, trans: bool = False, loc=None, ip=None) -> U4:
+    """Four 8 x 8 matrices of 16-bit elements; lane l gives the shared-memory address of row l % 8 of matrix l // 8."""
+    t = ".trans" if trans else ""
+    return _asm(
+        f"ldmatrix.sync.aligned.m8n8.x4{t}.shared.b16 {{$0, $1, $2, $3}}, [$4];",
+        [Uint32] * 4, [address], "=r,=r,=r,=r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def stmatrix_x4(address: Int32, r: U4, *, trans: bool = False, loc=None, ip=None) -> None:
+    t = ".trans" if trans else ""
+    _asm(
+        f"stmatrix.sync.aligned.m8n8.x4{t}.shared.b16 [$0], {{$1, $2, $3, $4}};",
+        [], [address, *r], "r,r,r,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def mma_bf16(a: U4, b0: Uint32, b1: Uint32, c: F4, *, loc=None, ip=None) -> F4:
+    """c + a b: 16 x 16 times 16 x 8, bf16 operands, fp32 accumulators."""
+    return _asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        [Float32] * 4, [*a, b0, b1, *c], "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", False, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def pack_bf16(lo: Float32, hi: Float32, *, loc=None, ip=None) -> Uint32:
+    return _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [Uint32], [lo, hi], "=r,f,f", False, loc, ip)
+
+
+@dsl_user_op
+def bf16_lo(x: Uint32, *, loc=None, ip=None) -> Float32:
+    return _asm("shl.b32 $0, $1, 16;", [Float32], [x], "=f,r", False, loc, ip)
+
+
+@dsl_user_op
+def bf16_hi(x: Uint32, *, loc=None, ip=None) -> Float32:
+    return _asm("and.b32 $0, $1, 0xffff0000;", [Float32], [x], "=f,r", False, loc, ip)
+
+
+@dsl_user_op
+def mul_bf16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
+    return _asm("mul.rn.bf16x2 $0, $1, $2;", [Uint32], [a, b], "=r,r,r", False, loc, ip)
+
+
+@dsl_user_op
+def ex2(x: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("ex2.approx.ftz.f32 $0, $1;", [Float32], [x], "=f,f", False, loc, ip)
+
+
+@dsl_user_op
+def rcp(x: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("rcp.approx.ftz.f32 $0, $1;", [Float32], [x], "=f,f", False, loc, ip)
+
+
+@dsl_user_op
+def rsqrt(x: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("rsqrt.approx.ftz.f32 $0, $1;", [Float32], [x], "=f,f", False, loc, ip)
+
+
+@dsl_user_op
+def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("fma.rn.f32 $0, $1, $2, $3;", [Float32], [a, b, c], "=f,f,f,f", False, loc, ip)
+
+
+@dsl_user_op
+def round_even(x: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("cvt.rni.f32.f32 $0, $1;", [Float32], [x], "=f,f", False, loc, ip)
+
+
+@dsl_user_op
+def lds_f32(address: Int32, *, loc=None, ip=None) -> Float32:
+    return _asm("ld.shared.f32 $0, [$1];", [Float32], [address], "=f,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def lds_f32x2(address: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32]:
+    return _asm("ld.shared.v2.f32 {$0, $1}, [$2];", [Float32] * 2, [address], "=f,=f,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def lds_f32x4(address: Int32, *, loc=None, ip=None) -> F4:
+    return _asm(
+        "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", [Float32] * 4, [address], "=f,=f,=f,=f,r,~{memory}", True, loc, ip
+    )
+
+
+@dsl_user_op
+def lds_u32(address: Int32, *, loc=None, ip=None) -> Uint32:
+    return _asm("ld.shared.b32 $0, [$1];", [Uint32], [address], "=r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_f32(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
+    _asm("st.shared.f32 [$0], $1;", [], [address, x], "r,f,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_f32x2(address: Int32, x: Float32, y: Float32, *, loc=None, ip=None) -> None:
+    _asm("st.shared.v2.f32 [$0], {$1, $2};", [], [address, x, y], "r,f,f,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_u32(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
+    _asm("st.shared.b32 [$0], $1;", [], [address, x], "r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_zero16(address: Int32, *, loc=None, ip=None) -> None:
+    """16 bytes of zeros."""
+    _asm("st.shared.v4.b32 [$0], {0, 0, 0, 0};", [], [address], "r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def lds_u32x4(address: Int32, *, loc=None, ip=None) -> U4:
+    return _asm(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [Uint32] * 4, [address], "=r,=r,=r,=r,r,~{memory}", True, loc, ip
+    )
+
+
+@dsl_user_op
+def sts_bf16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
+    """The low 16 bits of x."""
+    _asm("{ .reg .b16 h, g; mov.b32 {h, g}, $1; st.shared.b16 [$0], h; }", [], [address, x], "r,r,~{memory}", True, loc, ip)
