@@ -48,34 +48,44 @@ C = 32  # tokens in a chunk
 SUB = 16  # tokens with one anchor: 16 * 5 nats stay inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
-PAIR_BAR, STATE_BAR = 1, 8  # named barriers: one for each pair of preparing warps, one for each state warpgroup
+PREPARE_BAR, OFF_DIAGONAL_BAR, STATE_BAR = 1, 2, 3  # named barriers; STATE_BAR + 1 is the second state warpgroup's
 
-# Scratch of a pair of preparing warps, in bytes from its start.
-KE = 0  # bf16 [16, 128], swizzled: Ki of block 0 at its anchor
-A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4]: 4 words of padding against bank conflicts
-A_BLOCK = (4096, 4096 - SUB * A_ROW)  # rows 0-15 behind Ki; rows 16-31 in its place, written by the warp that has read it
-TOTAL = A_BLOCK[0] + SUB * A_ROW  # fp32 [2, 128]: log2 decay of each block
-OFFSET = TOTAL + 2 * D * 4  # fp32 [2, 128]: G of each block's start against its anchor
-SHIFT = OFFSET + 2 * D * 4  # bf16 [5, 128]: 2^p0, 2^p1, 2^(a - p0), 2^(a - p1), 2^(p1 - p0)
-BIAS = SHIFT + 5 * D * 2  # fp32 [128]
-BETA = BIAS + D * 4  # fp32 [32]
-SCRATCH = -(-(BETA + C * 4) // 1024) * 1024
-# Tables of a stage.
+AT_KQ, AT_G = 0, 4 * BOX  # in a stage of the ring; what follows g depends on its dtype
+# Tables of a stage, in bytes from its start.
 DECAY = 0  # fp32 [2, 128]: 2^a, 2^f
 NORM = 2 * D * 4  # fp32 [2, 32]: 1 / |k_i|, scale / |q_i|
 TABLES = NORM + 2 * C * 4
+# The linear systems on their way from `prepare` to `invert`.
+SYSTEMS = 2  # one for each warp of `invert`
+A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words of padding against bank conflicts
+SQUARES = C * A_ROW  # fp32 [2, 2, 32]: half sums of |k_i|^2, |q_i|^2
+BETA = SQUARES + 4 * C * 4  # fp32 [32]
+SYSTEM = BETA + C * 4
+# Scratch of `prepare`.
+KE = 0  # bf16 [2, 16, 64], swizzled: Ki of block 0 at its anchor
+EXCHANGE = 4096  # fp32 [2, 2, 256]: half sums of the diagonal blocks of A and M
+TOTAL = EXCHANGE + 4096  # fp32 [2, 128]: log2 decay of each block
+OFFSET = TOTAL + 2 * D * 4  # fp32 [2, 128]: G of each block's start against its anchor
+SHIFT = OFFSET + 2 * D * 4  # bf16 [5, 128]: 2^p0, 2^p1, 2^(a - p0), 2^(a - p1), 2^(p1 - p0)
+BIAS = SHIFT + 5 * D * 2  # fp32 [128]
+SCRATCH = BIAS + D * 4
 
 
 class KdaFwdSm90:
     def __init__(self, config: KdaFwdConfig):
         self.config = config
         self.stages = config.stages
-        self.pairs = 2
         self.g_type = BFloat16 if config.g_dtype == "bf16" else Float32
         self.g_boxes = 2 if config.g_dtype == "bf16" else 4
-        # load + prepare + 2 x state; 24 + 152 + 2 x 168 = 512 registers a lane is what an SM has
-        self.threads = 128 + 64 * self.pairs + 256
-        self.regs_load, self.regs_prepare, self.regs_state = 24, 152, 168
+        # a stage of the ring: k and q (later Kd and Qd), g (later Kr), v, T, M
+        self.kr_half = self.g_boxes // 2 * BOX  # channels 64-127 of Kr
+        self.at_v = AT_G + 2 * self.kr_half
+        self.at_t = self.at_v + 2 * BOX
+        self.at_m = self.at_t + C * C * 2
+        self.stage_bytes = self.at_m + C * C * 2
+        # load and invert, prepare, 2 x state; 64 + 128 + 2 x 160 = 512 registers a lane is what an SM has
+        self.threads = 512
+        self.regs_load, self.regs_prepare, self.regs_state = 64, 128, 160
 
     # ------------------------------------------------------------------ host side
 
@@ -145,36 +155,27 @@ class KdaFwdSm90:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = cutlass.utils.SmemAllocator()
 
-        def tile(dtype, kind, shape, order):
-            atom = warpgroup.make_smem_layout_atom(kind, dtype)
-            layout = cute.tile_to_shape(atom, shape, order)
-            return smem.allocate_tensor(dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        def table(size, align=128):
+            return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        def table(size):
-            return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=1024).iterator.toint()
-
-        # the ring: a stage holds k and q (rows 0-31 and 32-63, later Kd and Qd), g (later Kr), v, T, M
-        kind = SmemLayoutAtomKind
-        sKQ = tile(BFloat16, kind.K_SW128, (2 * C, D, S), (0, 1, 2))
-        sKr = tile(BFloat16, kind.MN_SW128, (D, C * self.g_boxes // 2, S), (1, 0, 2))
-        sV = tile(BFloat16, kind.K_SW128, (C, D, S), (0, 1, 2))
-        sT = tile(BFloat16, kind.K_SW64, (C, C, S), (0, 1, 2))
-        sM = tile(BFloat16, kind.K_SW64, (C, C, S), (0, 1, 2))
-        sO = tile(BFloat16, kind.K_SW128, (C, 64, 4), (0, 1, 2))  # [state warpgroup, buffer]
-        sTables = table(TABLES * S)
-        sScratch = table(SCRATCH * self.pairs)
-        sF = table(2 * D * 4)  # fp32 [2, 128]: f, handed from the pair of one chunk to the pair of the next
-        bars = smem.allocate_tensor(Int64, cute.make_layout(3 * S + 2), byte_alignment=8).iterator
-        raw_full, ready, empty, f_full = bars, bars + S, bars + 2 * S, bars + 3 * S
+        ring = table(self.stage_bytes * S, 1024)
+        out = table(4 * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
+        scratch = table(SCRATCH, 1024).toint()
+        sTables = table(TABLES * S).toint()
+        sSystems = table(SYSTEM * SYSTEMS).toint()
+        bars = smem.allocate_tensor(Int64, cute.make_layout(3 * S + 2 * SYSTEMS), byte_alignment=8).iterator
+        raw_full, ready, empty, a_full = bars, bars + S, bars + 2 * S, bars + 3 * S
+        a_empty = a_full + SYSTEMS
 
         if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(ready + s, 2)
+                    cute.arch.mbarrier_init(ready + s, 5)  # the warps of `prepare`, one of `invert`
                     cute.arch.mbarrier_init(empty + s, 8)
-                for i in cutlass.range_constexpr(2):
-                    cute.arch.mbarrier_init(f_full + i, 2)
+                for i in cutlass.range_constexpr(SYSTEMS):
+                    cute.arch.mbarrier_init(a_full + i, 4)
+                    cute.arch.mbarrier_init(a_empty + i, 1)
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
@@ -185,19 +186,22 @@ class KdaFwdSm90:
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
-                self.load(q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, sKQ, sKr, sV, raw_full, empty, cu_seqlens, flags, items, H, T)
-        elif warp < 4 + 2 * self.pairs:
+                self.load(q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, cu_seqlens, flags, items, H, T)
+            elif warp <= SYSTEMS:
+                self.invert(
+                    warp - 1, ring.toint(), sTables, sSystems, ready, a_full, a_empty,
+                    cu_seqlens, scale, flags, items, H, T,
+                )  # fmt: skip
+        elif warp < 8:
             cute.arch.setmaxregister_increase(self.regs_prepare)
-            pair = (warp - 4) // 2
-            at = lambda t: t.iterator.toint()  # noqa: E731
             self.prepare(
-                pair, warp & 1, at(sKQ), at(sKr), at(sV), at(sT), at(sM), sTables, sScratch + pair * SCRATCH, sF,
-                raw_full, ready, f_full, beta, A_log, dt_bias, cu_seqlens, scale, lower_bound, flags, items, H, T,
+                warp - 4, ring.toint(), sTables, sSystems, scratch, raw_full, ready, a_full, a_empty,
+                beta, A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
-                (warp - 4 - 2 * self.pairs) // 4, sKQ, sKr, sV, sT, sM, sO, sTables, ready, empty,
+                (warp - 8) // 4, ring, out, sTables, ready, empty,
                 mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, cu_seqlens, flags, items, H, T,
             )  # fmt: skip
 
@@ -221,25 +225,28 @@ class KdaFwdSm90:
     def clamp(self, x: Int64, T: Int32) -> Int32:
         return Int32(cutlass.min(cutlass.max(x, Int64(0)), Int64(T)))
 
+    def staged(self, base, dtype, kind, shape, order, stride=None):
+        """Swizzled tiles at `base` in shared memory, one a stage of the ring (or every `stride` bytes)."""
+        layout = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, dtype), shape, order)
+        stages = cute.make_layout(self.stages, stride=(stride or self.stage_bytes) * 8 // dtype.width)
+        return cute.make_tensor(cute.recast_ptr(base, layout.inner, dtype), cute.append(layout.outer, stages))
+
     # ------------------------------------------------------------------ load
 
     @cute.jit
     def load(
-        self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, sKQ, sKr, sV, raw_full, empty,
+        self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
         cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
         """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
         S = self.stages
 
-        def boxes(t, dtype, cols, count):  # a stage seen as TMA boxes, one behind the other
-            atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, dtype)
-            layout = cute.tile_to_shape(atom, (C, cols, count, S), (0, 1, 2, 3))
-            ptr = cute.recast_ptr(t.iterator, layout.inner, dtype)
-            return cute.make_tensor(ptr, layout.outer)
+        def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
+            return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
-        bKQ = boxes(sKQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
-        bV = boxes(sV, BFloat16, 64, 2)
-        bG = boxes(sKr, self.g_type, D // self.g_boxes, self.g_boxes)
+        bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
+        bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
+        bV = boxes(self.at_v, BFloat16, 64, 2)
         stage, phase = Int32(0), Int32(1)
         for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
             start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
@@ -276,20 +283,19 @@ class KdaFwdSm90:
 
     @cute.jit
     def prepare(
-        self, pair: Int32, sub: Int32, sKQ: Int32, sKr: Int32, sV: Int32, sT: Int32, sM: Int32, sTables: Int32,
-        scratch: Int32, sF: Int32, raw_full, ready, f_full,
-        beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, scale: Float32, lower_bound: Float32, flags: Int32,
+        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, scratch: Int32, raw_full, ready, a_full, a_empty,
+        beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
         items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
-        """A pair of warps prepares every other chunk; warp `sub` of the pair owns tokens 16 sub .. 16 sub + 15."""
-        S, pairs = self.stages, self.pairs
+        """A warpgroup: q, k, g of a chunk -> Qd, Kd, Kr in place; M; A for `invert`.
+
+        Warp w owns tokens 16 (w % 2) .. and channels 64 (w // 2) ..: two warps hold half sums of each block of A and M.
+        """
+        S = self.stages
+        sub, half = warp % 2, warp // 2
+        thread = cute.arch.thread_idx()[0] % 128
         lane = cute.arch.lane_idx()
         row, col = lane // 4, lane % 4 * 2
-        g_stage = BOX * self.g_boxes
-        kr_half = g_stage // 2
-        # address of a 16 x 16 tile for ldmatrix and stmatrix: lane l serves row l % 16, 16-byte column l // 16 (128-byte swizzle)
-        tile_row = (16 * sub + lane % 16) * 128
-        tile_col = ((lane // 16) ^ (lane % 8)) * 16
         # the lower triangle of ones as an operand A: sums over tokens run on the tensor cores
         ones = Uint32(0x3F803F80)
         zero = Uint32(0)
@@ -299,117 +305,133 @@ class KdaFwdSm90:
         if col + 1 <= row:
             diagonal = ones
         lower = (diagonal, ones, zero, diagonal)
+        # a 16 x 16 tile of ldmatrix and stmatrix: lane l serves row l % 16, 16-byte column l // 16 (128-byte swizzle)
+        tile_row = (16 * sub + lane % 16) * 128
+        tile_col = ((lane // 16) ^ (lane % 8)) * 16
 
-        it = Int32(0)  # chunks of this block so far
+        stage, phase = Int32(0), Int32(0)
+        slot, slot_phase = Int32(0), Int32(1)
         for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
             start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
             h = item % H
-            chunks = cute.ceil_div(tokens, C)
             # the gate is lam / (1 + 2^(slope g + bias)): fold A_log, dt_bias and the base of the logarithm once a head
             slope, lam = Float32(0.0), Float32(LOG2_E)
             if const_expr(self.config.gate == "safe"):
                 slope, lam = Float32(-LOG2_E), lower_bound * LOG2_E
                 if A_log != 0:
                     slope = -LOG2_E * cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
-                for i in cutlass.range_constexpr(2):
-                    ch = (2 * i + sub) * 32 + lane
-                    bias = Float32(0.0)
-                    if dt_bias != 0:
-                        bias = slope * self.global_f32(dt_bias, Int64(h * D + ch))
-                    ptx.sts_f32(scratch + BIAS + ch * 4, bias)
-            self.pair_sync(pair)
+                bias = Float32(0.0)
+                if dt_bias != 0:
+                    bias = slope * self.global_f32(dt_bias, Int64(h * D + thread))
+                ptx.sts_f32(scratch + BIAS + thread * 4, bias)
+                self.prepare_sync()
+            beta_at = (Int64(b) * T + start) * H + h
+            f = Float32(0.0)  # of channel `thread`: what the integer anchor of the last chunk's end left
 
-            for c in cutlass.range((pair + pairs - it % pairs) % pairs, chunks, pairs, unroll=1):
-                n = it + c  # number of the chunk in this block
-                stage, phase = n % S, (n // S) & 1
+            for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 valid = cutlass.min(tokens - c * C, C)
-                tables = sTables + stage * TABLES
+                sStage = ring + stage * self.stage_bytes
+                system = sSystems + slot * SYSTEM
                 cute.arch.mbarrier_wait(raw_full + stage, phase)
                 if valid < C:
-                    self.clear_tail(pair, sub * 32 + lane, valid, sKQ + stage * 4 * BOX, sKr + stage * g_stage, sV + stage * 2 * BOX)
+                    self.clear_tail(thread, valid, sStage)
                 b_i = Float32(0.0)  # beta of token 16 sub + lane % 16
                 if 16 * sub + lane % 16 < valid:
-                    b_i = self.beta(beta, (Int64(b) * T + start + c * C + 16 * sub + lane % 16) * H + h, flags)
+                    b_i = self.beta(beta, beta_at + Int64(c * C + 16 * sub + lane % 16) * H, flags)
 
-                # G: log2 decay summed from the block's first token
-                lam4 = self.masked(lam, 16 * sub + col, valid)
-                G = self.log_decay(sKr + stage * g_stage, scratch + BIAS, slope, lam4, lower, sub, lane)
+                # log2 decay summed from the block's first token
+                G = self.log_decay(sStage, scratch, slope, self.masked(lam, 16 * sub + col, valid), lower, sub, half, lane)
+                channel = 64 * half + col
                 if row == 7:
-                    for kk in cutlass.range_constexpr(8):
+                    for kk in cutlass.range_constexpr(4):
                         for nt in cutlass.range_constexpr(2):
-                            ch = 16 * kk + 8 * nt
-                            ptx.sts_f32x2(scratch + TOTAL + (sub * D + ch + col) * 4, G[kk][nt][2], G[kk][nt][3])
-                self.pair_sync(pair)
-                self.anchors(sub * 32 + lane, n, c, scratch, tables, sF, f_full)
-                self.pair_sync(pair)
+                            at = scratch + TOTAL + (sub * D + channel + 16 * kk + 8 * nt) * 4
+                            ptx.sts_f32x2(at, G[kk][nt][2], G[kk][nt][3])
+                self.prepare_sync()
+                f = self.anchors(f, thread, scratch, sTables + stage * TABLES)
+                self.prepare_sync()
 
-                kq = sKQ + stage * 4 * BOX + tile_row
-                kr = sKr + stage * g_stage + tile_row
-                ke = scratch + KE + lane % 16 * 128
-                A = [[Float32(0.0)] * 4 for _ in range(2)]
-                M = [[Float32(0.0)] * 4 for _ in range(2)]
+                tile_kq = sStage + half * (2 * BOX) + tile_row
+                tile_kr = sStage + AT_G + half * self.kr_half + tile_row
+                tile_ke = scratch + KE + half * (SUB * 128) + lane % 16 * 128
+                A = [(Float32(0.0),) * 4] * 2
+                M = [(Float32(0.0),) * 4] * 2
                 k2, q2 = [Float32(0.0)] * 2, [Float32(0.0)] * 2  # |k|^2, |q|^2 of rows row, row + 8
-                left_k, left_q = [None] * 8, [None] * 8
-                for kk in cutlass.range_constexpr(8):
-                    half, tc = kk // 4, (kk % 4 * 32) ^ tile_col
-                    kd_at = kq + half * 2 * BOX + tc
-                    kr_at = kr + half * kr_half + tc
+                left_k, left_q = [None] * 4, [None] * 4
+                for kk in cutlass.range_constexpr(4):
+                    tc = (kk * 32) ^ tile_col
+                    kd_at = tile_kq + tc
                     lk, lq, ki, k2, q2 = self.decayed(
-                        ptx.ldmatrix_x4(kd_at), ptx.ldmatrix_x4(kd_at + BOX), G[kk], scratch + OFFSET + (sub * D + 16 * kk + col) * 4, k2, q2
-                    )
+                        ptx.ldmatrix_x4(kd_at), ptx.ldmatrix_x4(kd_at + BOX), G[kk],
+                        scratch + OFFSET + (sub * D + channel + 16 * kk) * 4, k2, q2,
+                    )  # fmt: skip
                     for nt in cutlass.range_constexpr(2):
                         A[nt] = ptx.mma_bf16(lk, ki[nt], ki[nt + 2], A[nt])
                         M[nt] = ptx.mma_bf16(lq, ki[nt], ki[nt + 2], M[nt])
-                    sh = scratch + SHIFT + (16 * kk + col) * 2
-                    ptx.stmatrix_x4(kd_at, self.shifted(lk, sh + sub * 2 * D))
-                    ptx.stmatrix_x4(kd_at + BOX, self.shifted(lq, sh + sub * 2 * D))
-                    ptx.stmatrix_x4(kr_at, self.shifted(ki, sh + (2 + sub) * 2 * D))
+                    shift = scratch + SHIFT + (channel + 16 * kk) * 2
+                    ptx.stmatrix_x4(kd_at, self.shifted(lk, shift + sub * 2 * D))
+                    ptx.stmatrix_x4(kd_at + BOX, self.shifted(lq, shift + sub * 2 * D))
+                    ptx.stmatrix_x4(tile_kr + tc, self.shifted(ki, shift + (2 + sub) * 2 * D))
                     if sub == 0:
-                        ptx.stmatrix_x4(ke + half * (SUB * 128) + tc, ki)
-                    left_k[kk], left_q[kk] = self.shifted(lk, sh + 4 * 2 * D), self.shifted(lq, sh + 4 * 2 * D)
+                        ptx.stmatrix_x4(tile_ke + tc, ki)
+                    left_k[kk], left_q[kk] = self.shifted(lk, shift + 4 * 2 * D), self.shifted(lq, shift + 4 * 2 * D)
 
-                # 1 / |k_i|, scale / |q_i|
-                norm_at = tables + NORM
-                rk, rq = [None] * 2, [None] * 2
+                # `invert` takes |k|^2, |q|^2 (half sums), beta and A from one of two buffers
+                cute.arch.mbarrier_wait(a_empty + slot, slot_phase)
                 for i in cutlass.range_constexpr(2):
-                    rk[i] = self.inverse_norm(k2[i], flags)
-                    rq[i] = self.inverse_norm(q2[i], flags) * scale
+                    k_sum, q_sum = self.quad_sum(k2[i]), self.quad_sum(q2[i])
                     if lane % 4 == 0:
-                        ptx.sts_f32(norm_at + (16 * sub + row + 8 * i) * 4, rk[i])
-                        ptx.sts_f32(norm_at + (C + 16 * sub + row + 8 * i) * 4, rq[i])
-                if lane < 16:
-                    ptx.sts_f32(scratch + BETA + (16 * sub + lane) * 4, b_i)
-                self.pair_sync(pair)
+                        at = system + SQUARES + (half * 2 * C + 16 * sub + row + 8 * i) * 4
+                        ptx.sts_f32(at, k_sum)
+                        ptx.sts_f32(at + C * 4, q_sum)
+                if warp < 2 and lane < 16:
+                    ptx.sts_f32(system + BETA + (16 * sub + lane) * 4, b_i)
+                # the first half's warp completes A, the second's M
+                exchange = scratch + EXCHANGE + sub * 2048 + lane * 16
+                self.give(exchange, A, M, half)
+                self.prepare_sync()
 
-                brk = [ptx.lds_f32(scratch + BETA + (16 * sub + row + 8 * i) * 4) * rk[i] for i in range(2)]
-                m_stage = sM + stage * (C * C * 2)
-                if sub == 1:
-                    A10 = [[Float32(0.0)] * 4 for _ in range(2)]
-                    M10 = [[Float32(0.0)] * 4 for _ in range(2)]
-                    for kk in cutlass.range_constexpr(8):
-                        half, tc = kk // 4, (kk % 4 * 32) ^ tile_col
-                        ki = ptx.ldmatrix_x4(ke + half * (SUB * 128) + tc)
+                m_stage = sStage + self.at_m
+                if sub == 0:
+                    if half == 0:
+                        self.store_a(self.take(exchange, A, half), 0, 0, system, lane)
+                    else:
+                        self.store_m(self.take(exchange, M, half), 0, 0, m_stage, lane)
+                        self.store_m([(Float32(0.0),) * 4] * 2, 0, 1, m_stage, lane)
+                else:
+                    A10 = [(Float32(0.0),) * 4] * 2
+                    M10 = [(Float32(0.0),) * 4] * 2
+                    for kk in cutlass.range_constexpr(4):
+                        ki = ptx.ldmatrix_x4(tile_ke + ((kk * 32) ^ tile_col))
                         for nt in cutlass.range_constexpr(2):
                             A10[nt] = ptx.mma_bf16(left_k[kk], ki[nt], ki[nt + 2], A10[nt])
                             M10[nt] = ptx.mma_bf16(left_q[kk], ki[nt], ki[nt + 2], M10[nt])
-                    self.store_block(A10, M10, 1, 0, brk, norm_at, scratch, m_stage, lane)
-                    self.store_block(A, M, 1, 1, brk, norm_at, scratch, m_stage, lane)
-                else:
-                    self.store_block(A, M, 0, 0, brk, norm_at, scratch, m_stage, lane)
-                    r = lane % 16
-                    chunk = (2 + lane // 16) ^ ((r // 2) % 4)
-                    ptx.stmatrix_x4(m_stage + r * 64 + chunk * 16, (zero, zero, zero, zero))
-                self.pair_sync(pair)
-                if sub == 0:
-                    self.invert(scratch, norm_at, sT + stage * (C * C * 2), lane)
+                    exchange10 = scratch + KE + lane * 16  # each warp's own half of Ki, which only it has read
+                    cute.arch.sync_warp()
+                    self.give(exchange10, A10, M10, half)
+                    cute.arch.barrier(barrier_id=OFF_DIAGONAL_BAR, number_of_threads=64)
+                    if half == 0:
+                        self.store_a(self.take(exchange, A, half), 1, 1, system, lane)
+                        self.store_a(self.take(exchange10, A10, half), 1, 0, system, lane)
+                    else:
+                        self.store_m(self.take(exchange, M, half), 1, 1, m_stage, lane)
+                        self.store_m(self.take(exchange10, M10, half), 1, 0, m_stage, lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.sync_warp()
                 with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(a_full + slot)
                     cute.arch.mbarrier_arrive(ready + stage)
-            it += chunks
+                slot += 1
+                if slot == SYSTEMS:
+                    slot = Int32(0)
+                    slot_phase ^= 1
+                stage += 1
+                if stage == S:
+                    stage = Int32(0)
+                    phase ^= 1
 
-    def pair_sync(self, pair: Int32) -> None:
-        cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
+    def prepare_sync(self) -> None:
+        cute.arch.barrier(barrier_id=PREPARE_BAR, number_of_threads=128)
 
     @cute.jit
     def global_f32(self, address: Int64, index: Int64) -> Float32:
@@ -443,16 +465,12 @@ class KdaFwdSm90:
         return out
 
     @cute.jit
-    def clear_tail(self, pair: Int32, thread: Int32, valid: Int32, sKQ: Int32, sG: Int32, sV: Int32):
+    def clear_tail(self, thread: Int32, valid: Int32, sStage: Int32):
         """Rows behind the sequence's end hold the next sequence: zero them, so that not even its NaN can reach this one."""
-        for i in cutlass.range(valid * 8 + thread, C * 8, 64, unroll=1):
-            for half in cutlass.range_constexpr(4):
-                ptx.sts_zero16(sKQ + half * BOX + i * 16)
-            for half in cutlass.range_constexpr(2):
-                ptx.sts_zero16(sV + half * BOX + i * 16)
-            for half in cutlass.range_constexpr(self.g_boxes):
-                ptx.sts_zero16(sG + half * BOX + i * 16)
-        self.pair_sync(pair)
+        for i in cutlass.range(valid * 8 + thread, C * 8, 128, unroll=1):
+            for box in cutlass.range_constexpr(self.at_t // BOX):  # k, q, g and v are boxes, one behind the other
+                ptx.sts_zero16(sStage + box * BOX + i * 16)
+        self.prepare_sync()
 
     def gate(self, g: Float32, slope: Float32, bias: Float32, lam: Float32) -> Float32:
         """log2 of the decay. safe: lower_bound * sigmoid(exp(A_log) (g + dt_bias)); log: g itself."""
@@ -460,18 +478,19 @@ class KdaFwdSm90:
             return lam * ptx.rcp(1.0 + ptx.ex2(ptx.fma(g, slope, bias)))
         return lam * g
 
-    def log_decay(self, sG: Int32, sBias: Int32, slope, lam, lower, sub: Int32, lane: Int32):
+    def log_decay(self, sStage: Int32, scratch: Int32, slope, lam, lower, sub: Int32, half: Int32, lane: Int32):
         """G[kk][nt]: log2 decay summed over tokens of the block, as accumulator tiles of 16 tokens x 8 channels 16 kk + 8 nt.
 
         The sum is a product with a triangle of ones; g goes in as bf16 high + low parts (16 bits: 2^-17 of a token's decay).
         """
         row, col = lane // 4, lane % 4 * 2
+        sG = sStage + AT_G + half * (self.g_boxes // 2 * BOX)
         G = []
-        for kk in range(8):
+        for kk in range(4):
             if self.g_type is BFloat16:
-                at = sG + kk // 4 * BOX + (16 * sub + lane % 16) * 128 + ((kk % 4 * 32) ^ (((lane // 16) ^ (lane % 8)) * 16))
+                at = sG + (16 * sub + lane % 16) * 128 + ((kk * 32) ^ (((lane // 16) ^ (lane % 8)) * 16))
                 r = ptx.ldmatrix_x4(at, trans=True)
-                raw = [[ptx.bf16_lo(r[2 * nt]), ptx.bf16_hi(r[2 * nt]), ptx.bf16_lo(r[2 * nt + 1]), ptx.bf16_hi(r[2 * nt + 1])] for nt in range(2)]
+                raw = [[f(r[2 * nt + i]) for i in range(2) for f in (ptx.bf16_lo, ptx.bf16_hi)] for nt in range(2)]
             else:
                 raw = []
                 for nt in range(2):
@@ -485,7 +504,7 @@ class KdaFwdSm90:
             for nt in range(2):
                 bias = Float32(0.0)
                 if self.config.gate == "safe":
-                    bias = ptx.lds_f32(sBias + (16 * kk + 8 * nt + row) * 4)
+                    bias = ptx.lds_f32(scratch + BIAS + (64 * half + 16 * kk + 8 * nt + row) * 4)
                 x = [self.gate(raw[nt][t], slope, bias, lam[t]) for t in range(4)]
                 hi = [ptx.pack_bf16(x[0], x[1]), ptx.pack_bf16(x[2], x[3])]
                 lo = [
@@ -496,33 +515,22 @@ class KdaFwdSm90:
             G.append(tiles)
         return G
 
-    @cute.jit
-    def anchors(self, thread: Int32, n: Int32, c: Int32, scratch: Int32, tables: Int32, sF: Int32, f_full):
-        """Anchors p of the two blocks and a of the chunk's end, two channels a thread; hands f to the next chunk's pair."""
-        if n > 0:
-            cute.arch.mbarrier_wait(f_full + n % 2, ((n - 1) // 2) & 1)
-        ch = 2 * thread
-        f = ptx.lds_f32x2(sF + (n % 2 * D + ch) * 4)
-        if c == 0:
-            f = (Float32(0.0), Float32(0.0))
-        t0, t1 = ptx.lds_f32x2(scratch + TOTAL + ch * 4), ptx.lds_f32x2(scratch + TOTAL + (D + ch) * 4)
-        p0 = [ptx.round_even(ptx.fma(t0[i], Float32(0.5), f[i])) for i in range(2)]
-        g1 = [f[i] + t0[i] for i in range(2)]
-        p1 = [ptx.round_even(ptx.fma(t1[i], Float32(0.5), g1[i])) for i in range(2)]
-        end = [g1[i] + t1[i] for i in range(2)]
-        a = [ptx.round_even(end[i]) for i in range(2)]
-        rest = [end[i] - a[i] for i in range(2)]
-        ptx.sts_f32x2(sF + ((n + 1) % 2 * D + ch) * 4, rest[0], rest[1])
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(f_full + (n + 1) % 2)
-        ptx.sts_f32x2(scratch + OFFSET + ch * 4, f[0] - p0[0], f[1] - p0[1])
-        ptx.sts_f32x2(scratch + OFFSET + (D + ch) * 4, g1[0] - p1[0], g1[1] - p1[1])
-        exps = (p0, p1, [a[i] - p0[i] for i in range(2)], [a[i] - p1[i] for i in range(2)], [p1[i] - p0[i] for i in range(2)])
-        for i, e in enumerate(exps):
-            ptx.sts_u32(scratch + SHIFT + (i * D + ch) * 2, ptx.pack_bf16(ptx.ex2(e[0]), ptx.ex2(e[1])))
-        ptx.sts_f32x2(tables + DECAY + ch * 4, ptx.ex2(a[0]), ptx.ex2(a[1]))
-        ptx.sts_f32x2(tables + DECAY + (D + ch) * 4, ptx.ex2(rest[0]), ptx.ex2(rest[1]))
+    def anchors(self, f: Float32, channel: Int32, scratch: Int32, tables: Int32) -> Float32:
+        """Anchors p0, p1 of the blocks and a of the chunk's end, one channel a thread; returns the next chunk's f."""
+        t0, t1 = ptx.lds_f32(scratch + TOTAL + channel * 4), ptx.lds_f32(scratch + TOTAL + (D + channel) * 4)
+        p0 = ptx.round_even(ptx.fma(t0, Float32(0.5), f))
+        g1 = f + t0
+        p1 = ptx.round_even(ptx.fma(t1, Float32(0.5), g1))
+        end = g1 + t1
+        a = ptx.round_even(end)
+        ptx.sts_f32(scratch + OFFSET + channel * 4, f - p0)
+        ptx.sts_f32(scratch + OFFSET + (D + channel) * 4, g1 - p1)
+        for i, e in enumerate((p0, p1, a - p0, a - p1, p1 - p0)):
+            x = ptx.ex2(e)
+            ptx.sts_bf16(scratch + SHIFT + (i * D + channel) * 2, ptx.pack_bf16(x, x))
+        ptx.sts_f32(tables + DECAY + channel * 4, ptx.ex2(a))
+        ptx.sts_f32(tables + DECAY + (D + channel) * 4, ptx.ex2(end - a))
+        return end - a
 
     def decayed(self, k, q, G, sOffset: Int32, k2, q2):
         """k 2^(G - p), q 2^(G - p), k 2^(p - G) of 16 tokens x 16 channels, and the running |k|^2, |q|^2."""
@@ -546,63 +554,118 @@ class KdaFwdSm90:
         s = (ptx.lds_u32(sShift), ptx.lds_u32(sShift + 16))
         return tuple(ptx.mul_bf16x2(x[j], s[j // 2]) for j in range(4))
 
+    def quad_sum(self, x: Float32) -> Float32:
+        x = x + cute.arch.shuffle_sync_bfly(x, 1)
+        return x + cute.arch.shuffle_sync_bfly(x, 2)
+
+    @cute.jit
+    def give(self, at: Int32, A, M, half: Int32):
+        """The half sum that the other warp completes. 1 KiB a warp, 16 bytes a lane at a time."""
+        if half == 0:
+            ptx.sts_f32x4(at + 1024, M[0])
+            ptx.sts_f32x4(at + 1536, M[1])
+        else:
+            ptx.sts_f32x4(at, A[0])
+            ptx.sts_f32x4(at + 512, A[1])
+
+    def take(self, at: Int32, X, half: Int32):
+        at = at + half * 1024
+        return [[x + y for x, y in zip(X[nt], ptx.lds_f32x4(at + nt * 512))] for nt in range(2)]
+
+    @cute.jit
+    def store_a(self, A, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], system: Int32, lane: Int32):
+        """Block (i, j) of Kd Ki^T, transposed, fp32, strictly lower."""
+        row, col = lane // 4, lane % 4 * 2
+        for nt in cutlass.range_constexpr(2):
+            for half in cutlass.range_constexpr(2):
+                r = row + 8 * half
+                at = system + (16 * j + 8 * nt + col) * A_ROW + (16 * i + r) * 4
+                for e in cutlass.range_constexpr(2):
+                    a = A[nt][2 * half + e]
+                    if const_expr(i == j):
+                        a = a if 8 * nt + col + e < r else Float32(0.0)
+                    ptx.sts_f32(at + e * A_ROW, a)
+
+    @cute.jit
+    def store_m(self, M, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], sM: Int32, lane: Int32):
+        """Block (i, j) of M = lower(Qd Ki^T), bf16 (64-byte swizzle)."""
+        row, col = lane // 4, lane % 4 * 2
+        words = []
+        for nt in cutlass.range_constexpr(2):
+            for half in cutlass.range_constexpr(2):
+                r = row + 8 * half
+                m0, m1 = M[nt][2 * half], M[nt][2 * half + 1]
+                if const_expr(i == j):
+                    m0 = m0 if 8 * nt + col <= r else Float32(0.0)
+                    m1 = m1 if 8 * nt + col + 1 <= r else Float32(0.0)
+                words.append(ptx.pack_bf16(m0, m1))
+        r = 16 * i + lane % 16
+        chunk = (2 * j + lane // 16) ^ ((r // 2) % 4)
+        ptx.stmatrix_x4(sM + r * 64 + chunk * 16, tuple(words))
+
+    # ------------------------------------------------------------------ invert
+
+    @cute.jit
+    def invert(
+        self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, ready, a_full, a_empty,
+        cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
+    ):  # fmt: skip
+        """Two warps, every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta) by forward substitution in fp32.
+
+        A lane solves for one column. A is used column by column, so that one multiply-add, not a sum, lies between x_j and x_j+1.
+        """
+        lane = cute.arch.lane_idx()
+        system = sSystems + which * SYSTEM
+        n = Int32(0)
+        for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
+            _, tokens, _ = self.sequence(item // H, cu_seqlens, flags, T)
+            chunks = cute.ceil_div(tokens, C)
+            for c in cutlass.range((which + n) % SYSTEMS, chunks, SYSTEMS, unroll=1):
+                stage = (n + c) % self.stages
+                norm_at = sTables + stage * TABLES + NORM
+                cute.arch.mbarrier_wait(a_full + which, ((n + c) // SYSTEMS) & 1)
+                at = system + SQUARES + lane * 4
+                rk = self.inverse_norm(ptx.lds_f32(at) + ptx.lds_f32(at + 2 * C * 4), flags)
+                rq = self.inverse_norm(ptx.lds_f32(at + C * 4) + ptx.lds_f32(at + 3 * C * 4), flags)
+                beta = ptx.lds_f32(system + BETA + lane * 4)
+                ptx.sts_f32(norm_at + lane * 4, rk)
+                ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
+                ptx.sts_f32(system + SQUARES + lane * 4, -rk * beta)
+                cute.arch.sync_warp()
+                sT = ring + stage * self.stage_bytes + self.at_t + lane % 8 * 2
+                x = [Float32(0.0)] * C
+                for j in cutlass.range_constexpr(C):
+                    # x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i
+                    x_j = ptx.fma(x[j], ptx.lds_f32(system + SQUARES + j * 4), Float32(1.0) if lane == j else Float32(0.0))
+                    y_j = x_j * ptx.lds_f32(norm_at + j * 4)
+                    for i4 in cutlass.range_constexpr((j + 1) // 4 * 4, C, 4):
+                        a = ptx.lds_f32x4(system + j * A_ROW + i4 * 4)
+                        for i in cutlass.range_constexpr(i4, i4 + 4):
+                            if const_expr(i > j):
+                                x[i] = ptx.fma(a[i - i4], y_j, x[i])
+                    if const_expr(j % 2 == 1):
+                        cute.arch.sync_warp()  # or ptxas loads half of A ahead, and spills
+                    t = y_j * beta
+                    ptx.sts_bf16(sT + j * 64 + ((lane // 8) ^ (j // 2 % 4)) * 16, ptx.pack_bf16(t, t))
+                cute.arch.fence_view_async_shared()
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(a_empty + which)
+                    cute.arch.mbarrier_arrive(ready + stage)
+            n += chunks
+
     @cute.jit
     def inverse_norm(self, x2: Float32, flags: Int32) -> Float32:
-        x2 = x2 + cute.arch.shuffle_sync_bfly(x2, 1)
-        x2 = x2 + cute.arch.shuffle_sync_bfly(x2, 2)
         r = Float32(1.0)
         if (flags & L2NORM) != 0:
             r = ptx.rsqrt(x2 + EPS)
         return r
 
-    @cute.jit
-    def store_block(
-        self, A, M, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], brk, norm_at: Int32, scratch: Int32, sM: Int32, lane: Int32,
-    ):  # fmt: skip
-        """Block (i, j) of A, with beta and the norms, in fp32; of M in bf16; both cut to the lower triangle on the diagonal."""
-        row, col = lane // 4, lane % 4 * 2
-        m = []
-        for nt in cutlass.range_constexpr(2):
-            rk_j = ptx.lds_f32x2(norm_at + (16 * j + 8 * nt + col) * 4)
-            for half in cutlass.range_constexpr(2):
-                r = row + 8 * half
-                a0 = A[nt][2 * half] * (brk[half] * rk_j[0])
-                a1 = A[nt][2 * half + 1] * (brk[half] * rk_j[1])
-                m0, m1 = M[nt][2 * half], M[nt][2 * half + 1]
-                if const_expr(i == j):
-                    cc = 8 * nt + col
-                    a0 = a0 if cc < r else Float32(0.0)
-                    a1 = a1 if cc + 1 < r else Float32(0.0)
-                    m0 = m0 if cc <= r else Float32(0.0)
-                    m1 = m1 if cc + 1 <= r else Float32(0.0)
-                ptx.sts_f32x2(scratch + A_BLOCK[i] + r * A_ROW + (16 * j + 8 * nt + col) * 4, a0, a1)
-                m.append(ptx.pack_bf16(m0, m1))
-        r = 16 * i + lane % 16
-        chunk = (2 * j + lane // 16) ^ ((r // 2) % 4)  # 64-byte swizzle
-        ptx.stmatrix_x4(sM + r * 64 + chunk * 16, tuple(m))
-
-    @cute.jit
-    def invert(self, scratch: Int32, norm_at: Int32, sT: Int32, lane: Int32):
-        """diag(1/|k|) (I + A)^-1 diag(beta): forward substitution in fp32, one column a lane."""
-        b = ptx.lds_f32(scratch + BETA + lane * 4)
-        x = []
-        for i in cutlass.range_constexpr(C):
-            xi = Float32(1.0) if lane == i else Float32(0.0)
-            for j4 in cutlass.range_constexpr(0, i, 4):
-                a = ptx.lds_f32x4(scratch + A_BLOCK[i // SUB] + i % SUB * A_ROW + j4 * 4)
-                for j in cutlass.range_constexpr(4):
-                    if const_expr(j4 + j < i):
-                        xi = ptx.fma(-a[j], x[j4 + j], xi)
-            x.append(xi)
-            t = xi * ptx.lds_f32(norm_at + i * 4) * b
-            at = sT + i * 64 + ((lane // 8) ^ (i // 2 % 4)) * 16 + lane % 8 * 2
-            ptx.sts_bf16(at, ptx.pack_bf16(t, t))
-
     # ------------------------------------------------------------------ state
 
     @cute.jit
     def state(
-        self, wg: Int32, sKQ, sKr, sV, sT, sM, sO, sTables: Int32, ready, empty,
+        self, wg: Int32, ring, out, sTables: Int32, ready, empty,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
         o_tma, tO, mO, initial_state: Int64, final_state: Int64, cu_seqlens: Int64, flags: Int32,
         items: Int32, H: Int32, T: Int32,
@@ -620,16 +683,20 @@ class KdaFwdSm90:
         def fragment(mma, n):
             return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
 
-        bKQ, bT, bM = operand_b(mma_ks, sKQ), operand_b(mma_tm, sT), operand_b(mma_tm, sM)
-        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, S), (0, 0, 0)))
+        kind = SmemLayoutAtomKind
+        bKQ = operand_b(mma_ks, self.staged(ring + AT_KQ, BFloat16, kind.K_SW128, (2 * C, D), (0, 1)))
+        sKr = self.staged(ring + AT_G, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
+        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
+        bT = operand_b(mma_tm, self.staged(ring + self.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        bM = operand_b(mma_tm, self.staged(ring + self.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1)))
         acc_s = fragment(mma_s, D)
         acc_ro = fragment(mma_ks, 2 * C)  # tokens 0-31: Kd S^T, 32-63: Qd S^T
         acc_u, acc_o = fragment(mma_tm, C), fragment(mma_tm, C)
         frag = lambda mma, k: mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))  # noqa: E731
         fS, fU = frag(mma_ks, D), frag(mma_tm, C)
 
-        bO = cute.make_tensor(sO.iterator, sO.layout)
-        o_row = sO.iterator.toint() + wg * (2 * BOX)
+        sO = self.staged(out, BFloat16, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
+        o_row = out.toint() + wg * (2 * BOX)
         # ldmatrix / stmatrix with a transposition: lane l serves token l % 8 + 8 (l // 16), 16-byte column of v
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
@@ -642,7 +709,7 @@ class KdaFwdSm90:
             self.load_state(acc_s, initial_state, item, v0, col, flags)
             gO = cute.local_tile(cute.domain_offset((start, 0), tO[None, None, h, b]), (C, 64), (None, None))
             sO_, gO_ = cpasync.tma_partition(
-                o_tma, 0, cute.make_layout(1), cute.group_modes(bO, 0, 2), cute.group_modes(gO, 0, 2)
+                o_tma, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2)
             )
             for c in cutlass.range(chunks, unroll=1):
                 cute.arch.mbarrier_wait(ready + stage, phase)
@@ -651,7 +718,7 @@ class KdaFwdSm90:
                 warpgroup.fence()
                 self.gemm(mma_ks, acc_ro, fS, bKQ[None, None, None, stage], True)
                 warpgroup.commit_group()
-                v_at = sV.iterator.toint() + stage * (2 * BOX) + wg * BOX + t_row + t_col
+                v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4

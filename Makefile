@@ -1,0 +1,53 @@
+# One command for each habit. Every target sets up what it needs: a .venv, pinned by constraints.txt.
+# Needs make and Python >= 3.10 (PYTHON=python3.12 picks another); `ld` or a C compiler makes cached kernels load faster.
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.stamp
+MINUTES ?= 10
+
+.PHONY: demo test gpu-test fuzz lint format types inspect doctor clean
+
+demo: $(STAMP)  ## KDA at Kimi Linear's shapes: on a Hopper GPU, else smaller on the CPU
+	$(BIN)/python -m kda_cute demo
+
+test: $(STAMP)  ## all tests; those marked gpu skip, with a printed reason, where there is no Hopper GPU
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+gpu-test: $(STAMP)  ## only the GPU tests, one process
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+fuzz: $(STAMP)  ## random examples for MINUTES=10; failing ones are kept and replayed by `make test`
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy does not follow an editable install's import hook, so it gets the installed layout as links.
+types: $(STAMP)
+	rm -rf build/types && mkdir -p build/types/kda_cute
+	ln -s $(CURDIR)/kda_cute/* $(CURDIR)/kernels $(CURDIR)/reference build/types/kda_cute/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p kda_cute
+
+inspect: $(STAMP)  ## registers, shared memory, spills and instruction counts of every kernel; no GPU needed
+	$(BIN)/python -m kda_cute inspect
+
+doctor: $(STAMP)
+	$(BIN)/python -m kda_cute doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# Made anew when the pins or the project's metadata change. The build tool is pinned too, hence no build isolation.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 needed; set PYTHON=..."; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

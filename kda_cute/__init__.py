@@ -1,0 +1,36 @@
+"""Kimi Delta Attention (KDA) on Hopper GPUs.
+
+Importing this is cheap: the names below are looked up when first used, and cutlass is imported when a kernel has to be
+compiled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "chunk_kda", "fwd", "warmup"]
+
+if TYPE_CHECKING:
+    from .jit import warmup
+    from .ops import chunk_kda, fwd
+
+# In a checkout that is on the path but not installed, kernels/ and reference/ lie one folder up.
+if not (Path(__file__).parent / "kernels").exists() and (Path(__file__).parents[1] / "kernels" / "config.py").exists():
+    __path__.append(str(Path(__file__).parents[1]))
+
+_HOME = {"chunk_kda": "ops", "fwd": "ops", "warmup": "jit"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,107 @@
+"""`kda-cute`: doctor, demo, warmup, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from . import __version__, cache, cubin, jit
+from .kernels.config import KdaFwdConfig, all_configs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kda-cute", description="Kimi Delta Attention on Hopper GPUs")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    commands.add_parser(
+        "doctor", help="what this machine has and what is needed; fails if it has a GPU and something needed is missing"
+    )
+    demo = commands.add_parser("demo", help="KDA at Kimi Linear's shapes: error, time, bandwidth, tokens/s")
+    demo.add_argument("--cpu", action="store_true", help="run the small CPU demo even if there is a Hopper GPU")
+    warmup = commands.add_parser("warmup", help="compile into the cache; needs no GPU")
+    inspect = commands.add_parser("inspect", help="what ptxas made of each kernel; needs no GPU")
+    inspect.add_argument("--sass", action="store_true", help="print the disassembly too")
+    for command in (warmup, inspect):
+        command.add_argument(
+            "configs", nargs="*", metavar="CONFIG", help="names of configurations; default: all there are"
+        )
+        command.add_argument("--arch", default=jit.ARCH, help="architecture to compile for (%(default)s)")
+
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("kda_cute").setLevel(logging.INFO)
+
+    if args.command == "doctor":
+        from .doctor import doctor
+
+        return doctor()
+    if args.command == "demo":
+        from .demo import run
+
+        return run(cpu=args.cpu)
+    try:
+        configs = select(args.configs)
+    except ValueError as e:
+        parser.error(str(e))
+    if args.command == "warmup":
+        return run_warmup(configs, args.arch)
+    return run_inspect(configs, args.arch, sass=args.sass)
+
+
+def select(names: Sequence[str]) -> list[KdaFwdConfig]:
+    known = {config.name: config for config in all_configs()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"configuration is {name!r}: must be one of {', '.join(known)}")
+    return [known[name] for name in names] or list(known.values())
+
+
+def run_warmup(configs: Sequence[KdaFwdConfig], arch: str) -> int:
+    root = cache.directory()
+    if root is None:
+        print("KDA_CUTE_CACHE=0: there is no cache to fill", file=sys.stderr)
+        return 1
+    jit.warmup(configs, arch)
+    absent = [config.name for config in configs if not jit.cached(config, arch)]
+    print(f"{len(configs)} kernels: {jit.stats.compiled} compiled, {jit.stats.loaded} already there, in {root}")
+    if absent:
+        print(f"not in the cache (see the warnings above): {', '.join(absent)}", file=sys.stderr)
+    return 1 if absent else 0
+
+
+def run_inspect(configs: Sequence[KdaFwdConfig], arch: str, sass: bool = False) -> int:
+    try:
+        cubin.nvdisasm()
+    except FileNotFoundError as e:
+        print(e, file=sys.stderr)
+        return 1
+    spills = 0
+    for config in configs:
+        header, payload = jit.artifact(config, arch)
+        dynamic = header["dynamic_smem"]
+        for image in cubin.extract(payload):
+            kernels = cubin.kernels(image)
+            for i, kernel in enumerate(kernels):
+                smem = f"{kernel.static_smem} static"
+                if dynamic and len(dynamic) == len(kernels):  # by order of launch
+                    smem += f" + {dynamic[i]} at launch"
+                per_role = f", setmaxnreg {sorted(set(kernel.setmaxnreg))}" if kernel.setmaxnreg else ""
+                print(f"{config.name} ({arch})")
+                print(f"  registers      {kernel.registers} a thread at entry{per_role}")
+                print(f"  shared memory  {smem} bytes")
+                stl, ldl = kernel.count("STL"), kernel.count("LDL")
+                print(f"  spills         {kernel.spills} (STL {stl}, LDL {ldl}; stack {kernel.stack} bytes)")
+                print(f"  tensor cores   {kernel.count('HGMMA')} HGMMA, {kernel.count('HMMA')} HMMA")
+                print(f"  TMA            {kernel.count('UTMALDG')} UTMALDG, {kernel.count('UTMASTG')} UTMASTG")
+                print(f"  instructions   {kernel.opcodes.total()}")
+                spills += kernel.spills
+            if sass:
+                print(cubin.disassembly(image))
+    return 1 if spills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""What a call may be: every argument is checked here, once, before anything is allocated or launched.
+
+Every error names the argument, says what it was and what it must be. The checks look at attributes alone and never at
+values, which on a GPU would need a synchronisation, except where `check_cu_seqlens` and `check_log_decay` are asked to.
+
+TypeError: not a tensor, or a wrong dtype. ValueError: a wrong shape, device or combination. NotImplementedError: a
+right one that is not served.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NoReturn
+
+import torch
+
+LOWER_BOUND_MIN = -5.0  # 16 tokens of -5 nats stay inside fp32's and bf16's exponent range, see kernels/
+HEAD_DIM = 128  # K and V that the GPU kernel has
+
+_FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+_STATE = frozenset((torch.bfloat16, torch.float32))
+_BF16_FP32 = frozenset((torch.bfloat16, torch.float32))
+_INDEX = frozenset((torch.int32, torch.int64))
+_REFERENCE = 'backend="reference" serves it, slowly'
+
+
+# KDA_CUTE_CHECK=1: pay for a synchronisation a call and have values checked too. Read once: a look-up costs 0.7 us.
+CHECK_VALUES = os.environ.get("KDA_CUTE_CHECK", "0") not in ("", "0")
+
+
+def check_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    safe_gate: bool,
+    lower_bound: float | None,
+    state_v_first: bool,
+    cu_seqlens: torch.Tensor | None,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    final_state: torch.Tensor | None,
+) -> tuple[int, int, int, int, int, int, int]:
+    """The contract of `chunk_kda` on every backend. Returns B, T, H, HV, K, V, N (sequences, B without cu_seqlens)."""
+    Tensor = torch.Tensor
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and isinstance(g, Tensor)
+        and isinstance(beta, Tensor)
+    ):
+        _not_tensor(q=q, k=k, v=v, g=g, beta=beta)
+
+    dtype = q.dtype
+    if dtype not in _FLOATS:
+        _bad_dtype("q", dtype, _FLOATS)
+    if k.dtype is not dtype:
+        _bad_dtype("k", k.dtype, (dtype,), "like q")
+    if v.dtype is not dtype:
+        _bad_dtype("v", v.dtype, (dtype,), "like q")
+    if g.dtype is not dtype and g.dtype not in _FLOATS:
+        _bad_dtype("g", g.dtype, _FLOATS)
+    if beta.dtype is not dtype and beta.dtype not in _FLOATS:
+        _bad_dtype("beta", beta.dtype, _FLOATS)
+
+    q_shape, v_shape = q.shape, v.shape
+    if len(q_shape) != 4:
+        _bad_shape("q", q_shape, "[B, T, H, K]")
+    if len(v_shape) != 4:
+        _bad_shape("v", v_shape, "[B, T, HV, V]")
+    B, T, H, K = q_shape
+    B_v, T_v, HV, V = v_shape
+    if H < 1 or K < 1:
+        _bad_shape("q", q_shape, "[B, T, H, K] with H and K of at least 1")
+    if k.shape != q_shape:
+        _bad_shape("k", k.shape, f"{[B, T, H, K]}, [B, T, H, K] like q")
+    if B_v != B or T_v != T or V < 1:
+        _bad_shape("v", v_shape, f"[B, T, HV, V] with B = {B} and T = {T} like q and V of at least 1")
+    if HV % H or HV < 1:
+        _bad_shape("v", v_shape, f"[B, T, HV, V] with HV a multiple of q's H = {H}")
+    if g.shape != (B, T, HV, K):
+        _bad_shape("g", g.shape, f"{[B, T, HV, K]}, [B, T, HV, K]")
+    if beta.shape != (B, T, HV):
+        _bad_shape("beta", beta.shape, f"{[B, T, HV]}, [B, T, HV]")
+
+    device = q.device
+    if k.device != device or v.device != device or g.device != device or beta.device != device:
+        _bad_device(device, k=k, v=v, g=g, beta=beta)
+
+    if lower_bound is not None:
+        _check_number("lower_bound", lower_bound)
+        if not LOWER_BOUND_MIN <= lower_bound < 0:
+            raise ValueError(f"lower_bound is {lower_bound}: must be in [-5, 0), or None")
+    if use_gate_in_kernel:
+        if lower_bound is None:
+            if safe_gate:
+                raise ValueError(
+                    "lower_bound is None: must be in [-5, 0) when safe_gate=True and use_gate_in_kernel=True"
+                )
+            if A_log is None:
+                raise ValueError(
+                    "A_log is None: must be a tensor of shape [HV] when use_gate_in_kernel=True without lower_bound"
+                )
+        if A_log is not None:
+            _check_parameter("A_log", A_log, device, ((HV,), (1, 1, HV, 1)), "[HV]")
+        if dt_bias is not None:
+            _check_parameter("dt_bias", dt_bias, device, ((HV * K,), (HV, K)), "[HV * K] or [HV, K]")
+    elif A_log is not None or dt_bias is not None:
+        name = "dt_bias" if A_log is None else "A_log"
+        raise ValueError(f"{name} is given: must be None unless use_gate_in_kernel=True, because g is the log decay")
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        raise ValueError("allow_neg_eigval is True: must be False unless use_beta_sigmoid_in_kernel=True")
+
+    N = B
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            _not_tensor(cu_seqlens=cu_seqlens)
+        if cu_seqlens.dtype not in _INDEX:
+            _bad_dtype("cu_seqlens", cu_seqlens.dtype, _INDEX)
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            _bad_shape("cu_seqlens", cu_seqlens.shape, "[N + 1]")
+        if cu_seqlens.device != device:
+            _bad_device(device, cu_seqlens=cu_seqlens)
+        if B != 1:
+            raise ValueError(f"q has B = {B}: must be 1 with cu_seqlens, all sequences packed along T")
+        N = cu_seqlens.numel() - 1
+
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, dtype, device, N, HV, K, V, state_v_first)
+    if final_state is not None:
+        _check_state("final_state", final_state, dtype, device, N, HV, K, V, state_v_first)
+        if not final_state.is_contiguous():
+            raise ValueError(f"final_state has strides {final_state.stride()}: must be contiguous")
+    if out is not None:
+        if not isinstance(out, Tensor):
+            _not_tensor(out=out)
+        if out.dtype != dtype:
+            _bad_dtype("out", out.dtype, (dtype,), "like q")
+        if out.shape != v_shape:
+            _bad_shape("out", out.shape, f"{list(v_shape)}, [B, T, HV, V] like v")
+        if out.device != device:
+            _bad_device(device, out=out)
+    return B, T, H, HV, K, V, N
+
+
+def check_scale(scale: float | None, K: int) -> float:
+    if scale is None:
+        return K**-0.5
+    _check_number("scale", scale)
+    scale = float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: must be finite")
+    return scale
+
+
+def check_served(
+    H: int,
+    HV: int,
+    K: int,
+    V: int,
+    q: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    use_gate_in_kernel: bool,
+    safe_gate: bool,
+    lower_bound: float | None,
+) -> None:
+    """What the GPU kernel does not have, yet."""
+    if K != HEAD_DIM:
+        _not_served(f"q has K = {K}: must be {HEAD_DIM}")
+    if V != HEAD_DIM:
+        _not_served(f"v has V = {V}: must be {HEAD_DIM}")
+    if HV != H:
+        _not_served(f"v has HV = {HV}: must be H = {H}; grouped values are not served")
+    if q.dtype != torch.bfloat16:
+        _not_served(f"q, k and v are {_name(q.dtype)}: must be bfloat16")
+    if g.dtype not in _BF16_FP32:
+        _not_served(f"g is {_name(g.dtype)}: must be bfloat16 or float32")
+    if beta.dtype not in _BF16_FP32:
+        _not_served(f"beta is {_name(beta.dtype)}: must be bfloat16 or float32")
+    if use_gate_in_kernel:
+        if lower_bound is None:
+            _not_served("lower_bound is None: must be in [-5, 0), the softplus gate is not served")
+    elif not safe_gate:
+        _not_served("safe_gate is False: must be True, a promise that g, the log decay, is in [-5, 0]")
+
+
+def refuse_grad(why: str, **tensors: torch.Tensor | None) -> NoReturn:
+    names = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+    raise NotImplementedError(f"{', '.join(names)} requires grad: {why}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> int:
+    """Values: from 0, never decreasing, to at most T. Tokens past the last belong to no sequence. Returns that last."""
+    cuts = cu_seqlens.tolist()
+    if cuts[0] != 0:
+        raise ValueError(f"cu_seqlens[0] is {cuts[0]}: must be 0")
+    for n, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        if end < begin:
+            raise ValueError(f"cu_seqlens[{n + 1}] is {end}: must be at least cu_seqlens[{n}] = {begin}")
+    if cuts[-1] > T:
+        raise ValueError(f"cu_seqlens[{len(cuts) - 1}] is {cuts[-1]}: must be at most T = {T}")
+    return cuts[-1]
+
+
+def check_log_decay(g: torch.Tensor, tokens: int) -> None:
+    """Values: the promise of safe_gate=True about a precomputed g, for the tokens that some sequence has."""
+    g = g[:, :tokens]
+    outside = ~((g >= LOWER_BOUND_MIN) & (g <= 0))  # NaN is outside
+    if g.numel() and bool(outside.any()):
+        at = outside.nonzero()[0].tolist()
+        raise ValueError(f"g{at} is {g[tuple(at)].item()}: must be in [-5, 0], which safe_gate=True promises")
+
+
+# fla's arguments that are not in our signature: what a caller who changes the import may pass.
+def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool) -> bool:
+    """Refuse what would change the result, accept what cannot. Returns state_v_first, perhaps under its old name."""
+    for name, value in kwargs.items():
+        if name in ("disable_recompute", "cu_seqlens_cpu"):
+            pass  # trades memory in the backward; a host copy of cu_seqlens, which nothing here needs
+        elif name == "chunk_size":
+            if value not in (32, 64):
+                raise ValueError(f"chunk_size is {value}: must be 32 or 64 as in fla (and changes nothing here)")
+        elif name == "return_intermediate_states":
+            if value:
+                raise NotImplementedError("return_intermediate_states is True: must be False, states are not kept")
+        elif name == "cp_context":
+            if value is not None:
+                raise NotImplementedError("cp_context is given: must be None, there is no context parallelism")
+        elif name == "transpose_state_layout":
+            import warnings
+
+            if state_v_first:
+                raise ValueError("transpose_state_layout is given: must not be, together with state_v_first")
+            warnings.warn(
+                "transpose_state_layout is deprecated, its name is state_v_first", DeprecationWarning, stacklevel=3
+            )
+            state_v_first = bool(value)
+        else:
+            raise TypeError(f"chunk_kda() got an unexpected keyword argument {name!r}")
+    return state_v_first
+
+
+def _check_number(name: str, x: Any) -> None:
+    # A tensor has __float__ too, at the price of a synchronisation that nobody asked for.
+    if type(x) is not float and (isinstance(x, torch.Tensor) or not hasattr(x, "__float__")):
+        raise TypeError(f"{name} is a {type(x).__name__}: must be a float or None")
+
+
+def _check_parameter(
+    name: str, x: torch.Tensor, device: torch.device, shapes: tuple[tuple[int, ...], ...], form: str
+) -> None:
+    if not isinstance(x, torch.Tensor):
+        _not_tensor(**{name: x})
+    if x.dtype not in _FLOATS:
+        _bad_dtype(name, x.dtype, _FLOATS)
+    if x.shape not in shapes:
+        _bad_shape(name, x.shape, f"{list(shapes[0])}, {form}")
+    if x.device != device:
+        _bad_device(device, **{name: x})
+
+
+def _check_state(
+    name: str,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    N: int,
+    HV: int,
+    K: int,
+    V: int,
+    state_v_first: bool,
+) -> None:
+    if not isinstance(x, torch.Tensor):
+        _not_tensor(**{name: x})
+    if x.dtype not in _STATE and not (x.dtype is dtype is torch.float64):
+        _bad_dtype(name, x.dtype, _STATE, "or float64 with float64 inputs")
+    if x.shape != ((N, HV, V, K) if state_v_first else (N, HV, K, V)):
+        shape, form = ([N, HV, V, K], "[N, HV, V, K]") if state_v_first else ([N, HV, K, V], "[N, HV, K, V]")
+        _bad_shape(name, x.shape, f"{shape}, {form} because state_v_first={state_v_first}")
+    if x.device != device:
+        _bad_device(device, **{name: x})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _not_tensor(**arguments: Any) -> NoReturn:
+    for name, x in arguments.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}: must be a torch.Tensor")
+    raise AssertionError(arguments)
+
+
+def _bad_dtype(name: str, dtype: torch.dtype, allowed: Any, why: str = "") -> NoReturn:
+    must = " or ".join(sorted(map(_name, allowed)))
+    raise TypeError(f"{name} is {_name(dtype)}: must be {must}{' ' if why else ''}{why}")
+
+
+def _bad_shape(name: str, shape: torch.Size, must: str) -> NoReturn:
+    raise ValueError(f"{name} has shape {list(shape)}: must be {must}")
+
+
+def _bad_device(device: torch.device, **tensors: torch.Tensor) -> NoReturn:
+    for name, x in tensors.items():
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}: must be on {device} like q")
+    raise AssertionError(tensors)
+
+
+def _not_served(message: str) -> NoReturn:
+    raise NotImplementedError(f"{message} on the GPU; {_REFERENCE}")

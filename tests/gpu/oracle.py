@@ -1,0 +1,118 @@
+"""How far the kernel's result is from fp64, and how far it may be.
+
+The oracle gets the tensors that the kernel gets, upcast: rounding of the inputs is not an error, all else is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kda_cute.reference import chunked
+from tests.strategies import Call
+
+# Rounding of o to bf16 alone is 1.7e-3; operands of the tensor cores in bf16 with fp32 sums make it 3.5e-3 with strong
+# gates and 4.7e-3 with weak ones (design.md, section 2). A wrong mask, decay or row shows as 1e-1 and more.
+BOUND = 6e-3
+# From so many (token, head) pairs on, the error of all of o is a mean that chance moves by a few per cent.
+ENOUGH = 64
+DIRECTIONS = 8
+# The exponent range of fp32 and bf16 ends at 2^-126. A product of two factors that decays cut to 2^-116 each is lost.
+TINY = 1e-30
+
+
+@dataclass
+class Truth:
+    o: torch.Tensor  # [B, T, HV, V]
+    typical: torch.Tensor  # [B, T, HV], what |o| is for a q of that length and any direction
+    S: torch.Tensor
+
+
+def truth(call: Call) -> Truth:
+    """fp64 results, and the size that o has when q is not by chance nearly orthogonal to all that S holds.
+
+    Errors of S q scale with |S| |q| and not with |S q|. For a single token o = scale * beta * (k q) v, and k q is ten
+    times smaller than usual for one q in twelve: the relative error is then ten times larger, for every bf16 kernel
+    there can be. So S is read out with DIRECTIONS random q of the same length too, as more heads of the same call.
+    """
+    kwargs = call.oracle_kwargs
+    case = call.case
+    q = kwargs["q"].double()
+    generator = torch.Generator(q.device).manual_seed(case.seed + 1)
+    other = torch.randn(*q.shape[:2], DIRECTIONS * case.H, case.K, generator=generator, device=q.device).double()
+    length = q.norm(dim=-1, keepdim=True).repeat(1, 1, DIRECTIONS, 1)
+    kwargs["q"] = torch.cat((q, other / other.norm(dim=-1, keepdim=True) * length), 2)
+    copies = DIRECTIONS + 1
+    for name in ("k", "v", "g"):
+        kwargs[name] = kwargs[name].repeat(1, 1, copies, 1)
+    kwargs["beta"] = kwargs["beta"].repeat(1, 1, copies)
+    if "A_log" in kwargs:
+        kwargs["A_log"] = kwargs["A_log"].repeat(copies)
+    if "dt_bias" in kwargs:
+        kwargs["dt_bias"] = kwargs["dt_bias"].flatten().repeat(copies)
+    if "initial_state" in kwargs:
+        kwargs["initial_state"] = kwargs["initial_state"].repeat(1, copies, 1, 1)
+    o, S = chunked(**kwargs)
+    assert S is not None
+    typical = o[:, :, case.H :].square().sum(-1).unflatten(2, (DIRECTIONS, case.H)).mean(2).sqrt()
+    return Truth(o[:, :, : case.H], typical, S[:, : case.H])
+
+
+def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
+    """||x - y||_F / ||y||_F."""
+    return ((x.double() - y).norm() / y.double().norm()).item()
+
+
+def check_o(call: Call, o: torch.Tensor, expected: Truth) -> None:
+    """Per sequence and head, and all together. NaN compares as too far."""
+    case = call.case
+    covered = case.B * case.T if case.cu_seqlens is None else case.cuts[-1]
+    if not covered:
+        return
+    lengths = torch.tensor(case.lengths)
+    sequence = torch.repeat_interleave(torch.arange(case.N), lengths).to(o.device)
+
+    def per_pair(squares: torch.Tensor) -> torch.Tensor:
+        rows = squares.flatten(0, 1)[:covered]
+        return rows.new_zeros(case.N, case.HV).index_add(0, sequence, rows).cpu()
+
+    error2 = per_pair((o.double() - expected.o).square().sum(-1))
+    size2 = per_pair(expected.o.square().sum(-1))
+    typical2 = per_pair(expected.typical.square())
+    # The error of a token is one draw or a few (of the rounding of k q): 3 times the usual for one token is chance, and
+    # 1 + 2 / sqrt(n) is five standard deviations of the mean over n.
+    bound = BOUND * (1 + 2 / lengths.clamp(min=1).double().sqrt())[:, None]
+    allowed = bound * torch.maximum(size2, typical2).sqrt() + TINY * _largest(call)
+    worst = (error2.sqrt() / allowed).nan_to_num(torch.inf)
+    assert (error2.sqrt() <= allowed).all(), (
+        f"o: sequence, head {divmod(int(worst.argmax()), case.HV)} is {worst.max():.2f} times as far off as allowed"
+    )
+    if covered * case.HV >= ENOUGH:
+        error, size = error2.sum().sqrt().item(), size2.sum().sqrt().item()
+        assert error <= BOUND * size + TINY * _largest(call), f"o: relative error {error / size:.2e} of at most {BOUND}"
+
+
+def check_state(call: Call, S: torch.Tensor, expected: Truth) -> None:
+    """Per sequence and head. A sequence of no tokens passes its state on to the bit."""
+    case = call.case
+    if not case.N:
+        return
+    error = (S.double() - expected.S).flatten(2).norm(dim=-1).cpu()
+    size = expected.S.flatten(2).norm(dim=-1).cpu()
+    allowed = BOUND * size + TINY * _largest(call)
+    worst = (error / allowed).nan_to_num(torch.inf)
+    assert (error <= allowed).all(), (
+        f"final_state: sequence, head {divmod(int(worst.argmax()), case.HV)} is {worst.max():.2f} times as far off "
+        f"as allowed"
+    )
+    empty = torch.tensor(case.lengths) == 0
+    if empty.any():
+        empty = empty.to(S.device)
+        assert torch.equal(S[empty], expected.S[empty].to(S.dtype)), "final_state of an empty sequence changed"
+
+
+def _largest(call: Call) -> float:
+    """Scale of o and S: the largest magnitude that goes into them."""
+    names = [name for name in ("v", "initial_state") if name in call.inputs and call.tensors[name].numel()]
+    return 1 + max((call.tensors[name].abs().max().item() for name in names), default=0.0)

@@ -1,0 +1,459 @@
+"""chunk_kda on a Hopper GPU against the fp64 reference on the same GPU. Needs one; `pytest -m gpu`.
+
+KDA_CUTE_GPU_EXAMPLES sets the number of random calls (2000).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from kda_cute import contract
+from kda_cute.ops import chunk_kda, fwd
+from kda_cute.reference import chunked, recurrence
+from tests.gpu.oracle import BOUND, check_o, check_state, relative_error, truth
+from tests.strategies import DTYPES, Call, Case, Guarded, cases, make
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+SENTINEL = -7.25  # around outputs; any change of it, to NaN too, is seen in the bits
+VARLEN = Case(11, (300, 0, 17, 1, 64, 130, 15), "int64", H=3, initial_state="fp32", final_state="new")
+FIXED = Case(12, (257, 257), H=4, g_dtype="fp32", initial_state="bf16", final_state="new", state_v_first=True)
+LOG = Case(13, (65, 33, 200), "int32", H=2, gate="log", g_dtype="fp32", final_state="new", state_v_first=True)
+BOTH = pytest.mark.parametrize("case", [VARLEN, FIXED, LOG], ids=["varlen", "fixed", "log"])
+
+
+def run(call: Call, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    o, S = chunk_kda(**{**call.kwargs, "output_final_state": True, **changes})
+    assert S is not None
+    return o, S
+
+
+# ---- the whole contract
+
+
+def check(case: Case) -> None:
+    """One call between canaries, with poison where its results go, against fp64."""
+    call = make(case, DEVICE)
+    expected = truth(call)
+    outputs: dict[str, Guarded] = {}
+    shape = (case.B, case.T, case.HV, case.V)
+    if case.out:
+        strides, offset = case.out_layout.strides(shape), case.out_layout.offset
+        outputs["out"] = Guarded.allocate(shape, DTYPES[case.dtype], DEVICE, SENTINEL, strides, offset)
+    else:  # most likely the memory that the call allocates next
+        torch.full(shape, math.nan, dtype=DTYPES[case.dtype], device=DEVICE)
+    if case.final_state in ("bf16", "fp32"):
+        dtype = DTYPES[case.final_state]
+        outputs["final_state"] = Guarded.allocate(case.state_shape, dtype, DEVICE, SENTINEL, offset=case.state_offset)
+    for guarded in outputs.values():
+        guarded.tensor.fill_(math.nan)
+    before = {name: guarded.snapshot() for name, guarded in {**call.inputs, **outputs}.items()}
+
+    o, S = chunk_kda(**call.kwargs, **{name: guarded.tensor for name, guarded in outputs.items()})
+
+    covered = case.T if case.cu_seqlens is None else case.cuts[-1]
+    intact = {}
+    for name, guarded in call.inputs.items():
+        intact[name] = guarded.untouched_outside(before[name], guarded.tensor[:0])
+    for name, guarded in outputs.items():
+        written = guarded.tensor[:, :covered] if name == "out" else guarded.tensor
+        intact[name] = guarded.untouched_outside(before[name], written)
+    verdict = torch.stack(list(intact.values())).tolist()
+    assert all(verdict), f"written where nothing may be: {[n for n, ok in zip(intact, verdict, strict=True) if not ok]}"
+
+    assert o.shape == shape and o.dtype == DTYPES[case.dtype]
+    check_o(call, o, expected)
+    if case.final_state is None:
+        assert S is None
+    else:
+        assert S is not None and S.shape == case.state_shape
+        assert S.dtype == (torch.float32 if case.final_state == "new" else DTYPES[case.final_state])
+        check_state(call, S, expected)
+    if case.out:
+        assert o is outputs["out"].tensor
+    if "final_state" in outputs:
+        assert S is outputs["final_state"].tensor
+
+
+@settings(settings.get_profile(os.environ.get("KDA_CUTE_GPU_PROFILE", "gpu")))
+@given(case=cases(served=True, max_tokens=400))
+def test_call(case: Case) -> None:
+    check(case)
+
+
+LENGTHS = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
+
+
+@pytest.mark.parametrize("gate", ["safe", "log"])
+@pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("cu_seqlens", ["int32", "int64"])
+def test_every_length_at_once(gate: str, g_dtype: str, cu_seqlens: str) -> None:
+    check(Case(14, LENGTHS + LENGTHS[::-1], cu_seqlens, tail=5, H=3, gate=gate, g_dtype=g_dtype, initial_state="fp32",
+               final_state="fp32", out=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("gate", ["safe", "log"])
+def test_every_length_as_a_batch(length: int, gate: str) -> None:
+    check(Case(15, (length,) * 3, H=2, gate=gate, initial_state="bf16", final_state="bf16", out=True))
+
+
+@pytest.mark.parametrize("lengths", [(8192,), (3000, 1, 5000, 191)], ids=["one", "four"])
+@pytest.mark.parametrize("decay", ["strong", "weak", "mixed"])
+def test_long(lengths: tuple[int, ...], decay: str) -> None:
+    check(Case(16, lengths, "int64", H=4, decay=decay, initial_state="fp32", final_state="fp32", out=True))
+
+
+def test_many_heads() -> None:
+    check(Case(17, (200, 123), "int32", H=96, initial_state="fp32", final_state="new"))
+
+
+def test_more_sequences_than_a_grid_is_high() -> None:
+    """65535 is the limit of gridDim.y. The ends are compared; the lengths are 0, 1, 2, 0, 1, 2 ..."""
+    N, ends = 70_001, 300
+    call = make(Case(18, tuple(n % 3 for n in range(N)), "int32", H=1, final_state="new"), DEVICE)
+    o, S = run(call)
+    for first in (0, N - ends):
+        a, b = call.case.cuts[first], call.case.cuts[first + ends]
+        part = {n: call.kwargs[n][:, a:b] for n in ("q", "k", "v", "g", "beta")}
+        cuts = torch.tensor(call.case.cuts[first : first + ends + 1]) - a
+        o_ref, S_ref = chunked(**{**call.oracle_kwargs, **part, "cu_seqlens": cuts})
+        assert S_ref is not None
+        assert relative_error(o[:, a:b], o_ref) <= BOUND
+        assert relative_error(S[first : first + ends], S_ref) <= BOUND
+
+
+# ---- accuracy: the figures that the project promises
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["no-state", "state"])
+@pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("gates, bound", [("strong", 4.2e-3), ("weak", 5.0e-3), ("mixed", 5.0e-3)])
+def test_accuracy(gates: str, bound: float, g_dtype: str, state: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """T = 2048, H = 4, against the fp64 recurrence. strong: g, A_log, dt_bias of FlashKDA's benchmark."""
+    T, H, D = 2048, 4, 128
+    generator = torch.Generator(DEVICE).manual_seed(19)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=DEVICE)
+
+    q, k, v, beta = (x.bfloat16() for x in (*randn(3, 1, T, H, D), randn(1, T, H)))
+    g = randn(1, T, H, D).to(DTYPES[g_dtype])
+    A_log = rand(H) if gates == "strong" else torch.zeros(H, device=DEVICE)
+    dt_bias = {"strong": rand(H, D), "weak": torch.full((H, D), -8.0, device=DEVICE), "mixed": 12 * rand(H, D) - 10}
+    kwargs: dict[str, Any] = dict(
+        q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias[gates], use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True, lower_bound=-5.0,
+        state_v_first=True, initial_state=randn(1, H, D, D) if state else None, output_final_state=True,
+    )  # fmt: skip
+    o, S = chunk_kda(**kwargs)
+    o_ref, S_ref = recurrence(**kwargs)
+    assert S is not None and S_ref is not None
+    error = relative_error(o, o_ref), relative_error(S, S_ref)
+    with capsys.disabled():
+        setting = f"{gates} gates, g {g_dtype}, {'with' if state else 'no'} initial state"
+        print(f"\n  {setting}: o {error[0]:.2e}, final state {error[1]:.2e}, at most {bound:.1e}", end="")
+    assert max(error) <= bound
+
+
+# ---- the same bits, whenever and wherever
+
+
+@BOTH
+def test_deterministic(case: Case) -> None:
+    call = make(case, DEVICE)
+    o, S = run(call)
+    for _ in range(19):
+        o_again, S_again = run(call)
+        assert torch.equal(o, o_again) and torch.equal(S, S_again)
+
+
+@BOTH
+def test_graph_replays_with_other_inputs(case: Case) -> None:
+    call, other = make(case, DEVICE), make(Case(**{**vars(case), "seed": 99, "lengths": case.lengths[::-1]}), DEVICE)
+    o_eager, S_eager = run(other)
+    run(call)  # warm-up: compiles and loads
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, S = run(call)
+    for name, x in call.tensors.items():
+        x.copy_(other.tensors[name])
+    for _ in range(2):
+        o.fill_(math.nan), S.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(o, o_eager) and torch.equal(S, S_eager)
+
+
+@BOTH
+def test_runs_on_the_current_stream(case: Case) -> None:
+    """Inputs that become right only behind a long wait on a side stream."""
+    call = make(case, DEVICE)
+    o_default, S_default = run(call)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # about 10 ms
+            late = {name: x.clone() for name, x in call.tensors.items()}
+            late["v"].zero_()
+            torch.cuda._sleep(2_000_000)
+            late["v"].copy_(call.tensors["v"])
+            results.append(run(call, **late))
+    torch.cuda.synchronize()
+    for o, S in results:
+        assert torch.equal(o, o_default) and torch.equal(S, S_default)
+
+
+@BOTH
+def test_waits_for_nothing(case: Case) -> None:
+    call = make(case, DEVICE)
+    run(call)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_second_gpu() -> None:
+    """Tensors on a device that is not the current one."""
+    call = make(FIXED, DEVICE)
+    o, S = run(call)
+    o_other, S_other = run(call, **{name: x.to("cuda:1") for name, x in call.tensors.items()})
+    assert o_other.device.index == 1 and torch.cuda.current_device() == 0
+    assert torch.equal(o.cpu(), o_other.cpu()) and torch.equal(S.cpu(), S_other.cpu())
+
+
+def test_order_of_sequences_does_not_matter() -> None:
+    call = make(VARLEN, DEVICE)
+    o, S = run(call)
+    order = [3, 1, 6, 0, 5, 4, 2]
+    cuts = VARLEN.cuts
+    tokens = torch.tensor([t for n in order for t in range(cuts[n], cuts[n + 1])], device=DEVICE)
+    permuted = Case(**{**vars(VARLEN), "lengths": tuple(VARLEN.lengths[n] for n in order)})
+    inputs = {name: call.tensors[name][:, tokens] for name in ("q", "k", "v", "g", "beta")}
+    o_permuted, S_permuted = run(
+        call,
+        **inputs,
+        initial_state=call.tensors["initial_state"][order],
+        cu_seqlens=torch.tensor(permuted.cuts, device=DEVICE),
+    )
+    assert torch.equal(o_permuted, o[:, tokens]) and torch.equal(S_permuted, S[order])
+
+
+def test_fwd_is_chunk_kda() -> None:
+    call = make(Case(**{**vars(VARLEN), "state_v_first": True, "dt_bias": "heads"}), DEVICE)
+    a = call.tensors
+    o, S = run(call)
+    out, final_state = torch.empty_like(o), torch.empty_like(S)
+    fwd(a["q"], a["k"], a["v"], a["g"], a["beta"], 128**-0.5, out, a["A_log"], a["dt_bias"], -5.0,
+        initial_state=a["initial_state"], final_state=final_state, cu_seqlens=a["cu_seqlens"])  # fmt: skip
+    assert torch.equal(out, o) and torch.equal(final_state, S)
+
+
+def test_state_updated_in_place() -> None:
+    """Serving passes one tensor as initial_state and final_state."""
+    call = make(VARLEN, DEVICE)
+    o, S = run(call)
+    state = call.tensors["initial_state"].clone()
+    o_in_place, _ = run(call, initial_state=state, final_state=state)
+    assert torch.equal(o_in_place, o) and torch.equal(state, S)
+
+
+# ---- large
+
+
+def test_a_million_tokens() -> None:
+    case = Case(20, (1 << 20,), H=1, decay="mixed", initial_state="fp32", final_state="new")
+    call = make(case, DEVICE)
+    o, S = run(call)
+    o_ref, S_ref = chunked(**call.oracle_kwargs)
+    assert S_ref is not None
+    assert relative_error(o, o_ref) <= BOUND and relative_error(S, S_ref) <= BOUND
+    assert relative_error(o[:, -100:], o_ref[:, -100:]) <= BOUND
+    half = case.T // 2
+    first, second = ({n: call.tensors[n][:, cut] for n in ("q", "k", "v", "g", "beta")}
+                     for cut in (slice(None, half), slice(half, None)))  # fmt: skip
+    o1, S1 = run(call, **first)
+    o2, S2 = run(call, **second, initial_state=S1)
+    assert relative_error(torch.cat((o1, o2), 1), o.double()) <= BOUND and relative_error(S2, S.double()) <= BOUND
+
+
+def free_gigabytes(need: float) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < need:
+        pytest.skip(f"needs {need} GB of GPU memory, {free:.0f} GB are free")
+
+
+def big(*shape: int) -> torch.Tensor:
+    """bf16 noise, over 2^31 elements: uniform, made in place, because randn's temporaries would double the memory."""
+    return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).uniform_(-2, 2)
+
+
+def test_past_2_to_the_31_elements() -> None:
+    """As a batch and packed: the last sequence lies past 2^31 elements in q, k, v, g and o."""
+    free_gigabytes(40)
+    N, length, H, D = 33, 4096, 128, 128
+    assert (N - 1) * length * H * D >= 2**31
+    torch.manual_seed(21)
+    q, k, v, g = (big(N, length, H, D) for _ in range(4))
+    beta = big(N, length, H)
+    flags: dict[str, Any] = dict(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, lower_bound=-5.0,
+                 use_beta_sigmoid_in_kernel=True, safe_gate=True, output_final_state=True)  # fmt: skip
+    o, S = chunk_kda(q, k, v, g, beta, **flags)
+    assert S is not None
+    for n in (0, N - 2, N - 1):
+        for h in (0, H - 1):
+            part = [x[n : n + 1, :, h : h + 1] for x in (q, k, v, g, beta)]
+            o_ref, S_ref = chunked(*part, **flags)
+            assert S_ref is not None
+            assert relative_error(o[n : n + 1, :, h : h + 1], o_ref) <= BOUND, (n, h)
+            assert relative_error(S[n : n + 1, h : h + 1], S_ref) <= BOUND, (n, h)
+    cuts = torch.arange(N + 1, device=DEVICE) * length
+    packed = [x.flatten(0, 1)[None] for x in (q, k, v, g, beta)]
+    del q, k, v, g
+    o_packed, S_packed = chunk_kda(*packed, **flags, cu_seqlens=cuts)
+    assert S_packed is not None and torch.equal(S_packed, S)
+    assert all(torch.equal(o_packed[0, n * length : (n + 1) * length], o[n]) for n in range(N))
+
+
+@pytest.mark.parametrize("state_v_first", [False, True])
+def test_states_past_2_to_the_31_elements(state_v_first: bool) -> None:
+    free_gigabytes(30)
+    N, H, D = 1100, 128, 128
+    assert (N - 20) * H * D * D >= 2**31
+    torch.manual_seed(22)
+    q, k, v, g = (big(1, 2 * N, H, D) for _ in range(4))
+    beta = big(1, 2 * N, H)
+    initial_state = big(N, H, D, D)
+    cuts = 2 * torch.arange(N + 1, device=DEVICE)
+    flags: dict[str, Any] = dict(
+        use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, lower_bound=-1.0, use_beta_sigmoid_in_kernel=True,
+        safe_gate=True, output_final_state=True, state_v_first=state_v_first,
+    )  # fmt: skip
+    o, S = chunk_kda(q, k, v, g, beta, initial_state=initial_state, cu_seqlens=cuts, **flags)
+    assert S is not None
+    last = slice(N - 10, N)
+    tokens = slice(2 * N - 20, 2 * N)
+    o_ref, S_ref = chunked(
+        *(x[:, tokens] for x in (q, k, v, g, beta)),
+        initial_state=initial_state[last],
+        cu_seqlens=2 * torch.arange(11),
+        **flags,
+    )
+    assert S_ref is not None
+    assert relative_error(o[:, tokens], o_ref) <= BOUND and relative_error(S[last], S_ref) <= BOUND
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "initial_state"])
+@pytest.mark.parametrize("gate", ["safe", "log"])
+def test_nan_stays_in_its_sequence_and_head(gate: str, name: str, poison: float) -> None:
+    case = Case(23, (40, 75, 1, 33), "int64", H=3, gate=gate, initial_state="fp32", final_state="new")
+    call = make(case, DEVICE)
+    o, S = run(call)
+    for token in (0, 14, 74):  # in the first chunk, and next to the sequence behind
+        bad = call.tensors[name].clone()
+        if name == "initial_state":
+            bad[1, 1, token] = poison
+        else:
+            bad[0, 40 + token, 1] = poison
+        seen = 114 if name == "initial_state" else 40 + token
+        o_bad, S_bad = run(call, **{name: bad})
+        if math.isnan(poison):
+            assert S_bad[1, 1].isnan().any() or name == "q"
+            assert o_bad[0, seen, 1].isnan().any()
+        o_bad[0, 40:115, 1], S_bad[1, 1] = o[0, 40:115, 1], S[1, 1]
+        assert torch.equal(o_bad, o) and torch.equal(S_bad, S)
+
+
+def test_nan_in_tokens_of_no_sequence() -> None:
+    case = Case(24, (40, 23), "int64", tail=30, H=2, initial_state="fp32", final_state="new")
+    call = make(case, DEVICE)
+    o, S = run(call)
+    for name in ("q", "k", "v", "g", "beta"):
+        call.tensors[name][:, 63:] = math.nan
+    o_bad, S_bad = run(call)
+    assert torch.equal(o_bad[:, :63], o[:, :63]) and torch.equal(S_bad, S)
+
+
+T_BAD = 100
+BAD_CUTS = {
+    "decreasing": [0, 60, 20, 100],
+    "negative": [0, -30, 50, 100],
+    "negative-start": [-17, 30, 50, 100],
+    "past-T": [0, 50, 100, 101],
+    "far-past-T": [0, 50, 100_000, 200_000],
+    "starts-past-T": [150, 200, 250, 300],
+    "overlong": [0, 2**31 - 1, 2**31 - 1, 2**31 - 1],
+    "lowest": [-(2**31), 0, 50, -(2**31)],
+    "mixed": [90, 10, 300, -5],
+}
+BAD_CUTS_64 = {"past-int32": [0, 2**33 + 5, 2**40, 2**62], "below-int32": [0, -(2**33) - 5, 2**33, -(2**62)]}
+
+
+@pytest.mark.parametrize(
+    "dtype, cuts",
+    [
+        pytest.param(dtype, cuts, id=f"{dtype}-{name}")
+        for dtype, table in [("int32", BAD_CUTS), ("int64", {**BAD_CUTS, **BAD_CUTS_64})]
+        for name, cuts in table.items()
+    ],
+)
+@pytest.mark.parametrize("gate", ["safe", "log"])
+def test_bad_cu_seqlens(gate: str, dtype: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing out of bounds is written and nothing hangs; KDA_CUTE_CHECK=1 finds it."""
+    case = Case(25, (50, 30, 20), dtype, H=3, gate=gate, initial_state="fp32", final_state="fp32", out=True)
+    call = make(case, DEVICE)
+    call.tensors["cu_seqlens"].copy_(torch.tensor(cuts))
+    outputs = {
+        "out": Guarded.allocate((1, T_BAD, 3, 128), torch.bfloat16, DEVICE, SENTINEL),
+        "final_state": Guarded.allocate(case.state_shape, torch.float32, DEVICE, SENTINEL),
+    }
+    before = {name: guarded.snapshot() for name, guarded in {**call.inputs, **outputs}.items()}
+    tensors = {name: guarded.tensor for name, guarded in outputs.items()}
+    chunk_kda(**call.kwargs, **tensors)
+    torch.cuda.synchronize()
+    for name, guarded in call.inputs.items():
+        assert guarded.untouched_outside(before[name], guarded.tensor[:0]), name
+    for name, guarded in outputs.items():
+        assert guarded.untouched_outside(before[name]), name
+    monkeypatch.setattr(contract, "CHECK_VALUES", True)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        chunk_kda(**call.kwargs, **tensors)
+
+
+def test_check_finds_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "CHECK_VALUES", True)
+    call = make(LOG, DEVICE)
+    run(call)
+    call.tensors["g"][0, 5, 1, 7] = -5.5
+    with pytest.raises(ValueError, match=r"g\[0, 5, 1, 7\] is -5.5"):
+        run(call)
+
+
+def test_reference_on_the_gpu() -> None:
+    """What the kernel does not serve says so, and backend="reference" serves it there."""
+    call = make(Case(26, (70,), H=2, group=2, gate="softplus", K=64, V=32, final_state="new"), DEVICE)
+    with pytest.raises(NotImplementedError, match='backend="reference"'):
+        run(call)
+    o, S = run(call, backend="reference")
+    o_ref, S_ref = chunked(**call.oracle_kwargs)
+    assert S_ref is not None
+    assert relative_error(o, o_ref) <= 2e-3 and relative_error(S, S_ref) <= 1e-5

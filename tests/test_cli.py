@@ -1,0 +1,185 @@
+"""The command line, called in process where that is enough."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kda_cute import cli, cubin, doctor, jit
+from kda_cute.kernels.config import all_configs
+from tests import tiny_kernel
+from tests.tiny_kernel import TinyConfig
+
+H200 = ("NVIDIA H200", (9, 0))
+B200 = ("NVIDIA B200", (10, 0))
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDA_CUTE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("KDA_CUTE_CACHE", raising=False)
+    monkeypatch.setattr(jit, "_loaded", {})
+    monkeypatch.setattr(jit, "stats", jit.Stats())
+
+
+def test_module_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "kda_cute", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0 and done.stdout.strip().count(".") == 2
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["warmup", "no_such_config"], ["inspect", "no_such_config"]])
+def test_wrong_usage(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    assert e.value.code == 2
+    if argv[1:]:
+        assert "no_such_config" in capsys.readouterr().err
+
+
+# ---- doctor
+
+
+def rows(capsys) -> dict[str, str]:
+    """First word of each line of the table -> last word, the verdict."""
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+    return {line.split("  ")[0].strip(): line.split()[-1] for line in lines}
+
+
+def test_doctor_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "find_gpus", lambda: [])
+    assert cli.main(["doctor"]) == 0
+    verdicts = rows(capsys)
+    assert verdicts["torch"] == "ok" and verdicts["GPU"] == "optional" and verdicts["cache"] == "ok"
+
+
+@pytest.mark.parametrize("gpus, hopper", [([H200], True), ([B200], False), ([B200, H200], True)])
+def test_doctor_wants_a_hopper_and_a_torch_that_can_use_it(gpus, hopper, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(jit, "driver_version", lambda: 12090)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    assert cli.main(["doctor"]) == (0 if hopper else 1)
+    verdicts = rows(capsys)
+    assert (verdicts["GPU 0"] == "MISSING") == (not hopper)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["doctor"]) == 1
+    assert rows(capsys)["torch's CUDA"] == "MISSING"
+
+
+@pytest.mark.parametrize("version, verdict", [(11080, "MISSING"), (12040, "untested"), (12090, "ok"), (13000, "ok")])
+def test_doctor_driver(version, verdict, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "find_gpus", lambda: [H200])
+    monkeypatch.setattr(jit, "driver_version", lambda: version)
+    cli.main(["doctor"])
+    assert rows(capsys)["driver"] == verdict
+
+
+@pytest.mark.parametrize(
+    "found, verdict", [("4.8.0", "MISSING"), ("4.8.1", "ok"), ("4.8.2.dev0", "ok"), ("4.9.0", "MISSING")]
+)
+def test_doctor_package_versions(found, verdict, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: found)
+    assert doctor._package("nvidia-cutlass-dsl", "4.8.1", "4.9").verdict == verdict
+
+
+def test_doctor_missing_package_fails(capsys, monkeypatch):
+    from importlib.metadata import PackageNotFoundError, version
+
+    def without(name):
+        if name == "nvidia-cutlass-dsl":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", without)
+    assert cli.main(["doctor"]) == 1
+    assert rows(capsys)["nvidia-cutlass-dsl"] == "MISSING"
+
+
+# ---- demo
+
+
+def test_demo_on_the_cpu(capsys):
+    assert cli.main(["demo", "--cpu"]) == 0
+    out = capsys.readouterr().out
+    for what in ("error", "time", "memory floor", "bandwidth", "tokens/s"):
+        assert f"\n  {what} " in out
+
+
+def test_demo_fails_on_a_wrong_result(capsys, monkeypatch):
+    from kda_cute import demo
+
+    right = demo.chunk_kda
+
+    def wrong(**call):
+        o, state = right(**call)
+        return o * 1.02, state
+
+    monkeypatch.setattr(demo, "chunk_kda", wrong)
+    assert cli.main(["demo", "--cpu"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+# ---- warmup and inspect, with a kernel that compiles in a second
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(jit, "compile_kernel", tiny_kernel.compile)
+    monkeypatch.setattr(cli, "all_configs", lambda: [TinyConfig(0), TinyConfig(1)])
+
+
+def test_warmup_fills_the_cache(tiny, capsys, monkeypatch):
+    assert cli.main(["warmup", "tiny1"]) == 0
+    assert "1 kernels: 1 compiled, 0 already there" in capsys.readouterr().out
+    monkeypatch.setattr(jit, "_loaded", {})
+    monkeypatch.setattr(jit, "stats", jit.Stats())
+    assert cli.main(["warmup"]) == 0
+    assert "2 kernels: 1 compiled, 1 already there" in capsys.readouterr().out
+
+
+def test_warmup_without_a_cache_fails(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("KDA_CUTE_CACHE", "0")
+    assert cli.main(["warmup"]) == 1
+    assert jit.stats.compiled == 0
+
+
+def test_warmup_into_a_bad_directory_fails(tiny, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KDA_CUTE_CACHE_DIR", str(tmp_path / "file"))
+    assert cli.main(["warmup", "tiny0"]) == 1
+    assert "not in the cache" in capsys.readouterr().err
+
+
+def test_default_of_warmup_is_every_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jit, "load", lambda config, arch: asked.append((config, arch)))
+    jit.warmup()
+    assert asked == [(config, "sm_90a") for config in all_configs()]
+
+
+def test_inspect(tiny, capsys):
+    assert cli.main(["inspect", "tiny0", "--sass"]) == 0
+    out = capsys.readouterr().out
+    assert "registers" in out and "spills         0" in out and "0 HGMMA" in out and "EXIT" in out
+
+
+def test_inspect_fails_on_spills(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(cubin.Kernel, "spills", 3)
+    assert cli.main(["inspect", "tiny0"]) == 1
+
+
+def test_inspect_says_what_is_missing(tiny, capsys, monkeypatch):
+    def absent():
+        raise FileNotFoundError("nvdisasm not found: pip install nvidia-cuda-nvdisasm")
+
+    monkeypatch.setattr(cubin, "nvdisasm", absent)
+    assert cli.main(["inspect"]) == 1
+    assert "pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err

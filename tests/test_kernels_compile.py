@@ -1,0 +1,50 @@
+"""Every kernel configuration compiles for sm_90a and is what it should be, read off the machine code. Needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from kda_cute import cubin, jit
+from kda_cute.kernels.config import MAX_SMEM_BYTES, all_configs
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory, worker_id):
+    """Configuration -> (its kernels, dynamic shared memory of each). One cache for all workers: each compiles once."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "kernels"
+
+    def compiled(config):
+        with pytest.MonkeyPatch.context() as m:
+            m.setenv("KDA_CUTE_CACHE_DIR", str(root))
+            m.delenv("KDA_CUTE_CACHE", raising=False)
+            header, payload = jit.artifact(config, "sm_90a")
+        found = [kernel for image in cubin.extract(payload) for kernel in cubin.kernels(image)]
+        assert found, "no cubin in the compiled object"
+        return found, header["dynamic_smem"]
+
+    return compiled
+
+
+configs = pytest.mark.parametrize("config", all_configs(), ids=lambda config: config.name)
+
+
+@configs
+def test_no_spills(config, kernels):
+    for kernel in kernels(config)[0]:
+        assert (kernel.count("STL"), kernel.count("LDL"), kernel.stack) == (0, 0, 0), kernel
+
+
+@configs
+def test_uses_tensor_cores_and_tma(config, kernels):
+    found, _ = kernels(config)
+    assert sum(kernel.count("HGMMA") for kernel in found) > 0
+    assert sum(kernel.count("UTMALDG") for kernel in found) > 0
+
+
+@configs
+def test_shared_memory_fits(config, kernels):
+    found, dynamic = kernels(config)
+    assert dynamic is not None and len(dynamic) == len(found)
+    for kernel, at_launch in zip(found, dynamic, strict=True):
+        assert kernel.static_smem + at_launch <= MAX_SMEM_BYTES
