@@ -83,9 +83,9 @@ class KdaFwdSm90:
         self.at_t = self.at_v + 2 * BOX
         self.at_m = self.at_t + C * C * 2
         self.stage_bytes = self.at_m + C * C * 2
-        # load and invert, prepare, 2 x state; 64 + 128 + 2 x 160 = 512 registers a lane is what an SM has
+        # load and invert, prepare, 2 x state; 56 + 136 + 2 x 160 = 512 registers a lane is what an SM has
         self.threads = 512
-        self.regs_load, self.regs_prepare, self.regs_state = 64, 128, 160
+        self.regs_load, self.regs_prepare, self.regs_state = 56, 136, 160
 
     # ------------------------------------------------------------------ host side
 
@@ -506,12 +506,9 @@ class KdaFwdSm90:
                 if self.config.gate == "safe":
                     bias = ptx.lds_f32(scratch + BIAS + (64 * half + 16 * kk + 8 * nt + row) * 4)
                 x = [self.gate(raw[nt][t], slope, bias, lam[t]) for t in range(4)]
-                hi = [ptx.pack_bf16(x[0], x[1]), ptx.pack_bf16(x[2], x[3])]
-                lo = [
-                    ptx.pack_bf16(x[2 * i] - ptx.bf16_lo(hi[i]), x[2 * i + 1] - ptx.bf16_hi(hi[i])) for i in range(2)
-                ]
-                acc = ptx.mma_bf16(lower, hi[0], hi[1], (Float32(0.0),) * 4)
-                tiles.append(ptx.mma_bf16(lower, lo[0], lo[1], acc))
+                (high0, low0), (high1, low1) = self.high_low(x[:2]), self.high_low(x[2:])
+                acc = ptx.mma_bf16(lower, high0, high1, (Float32(0.0),) * 4)
+                tiles.append(ptx.mma_bf16(lower, low0, low1, acc))
             G.append(tiles)
         return G
 
@@ -599,9 +596,7 @@ class KdaFwdSm90:
                     m0 = m0 if 8 * nt + col <= r else Float32(0.0)
                     m1 = m1 if 8 * nt + col + 1 <= r else Float32(0.0)
                 words.append(ptx.pack_bf16(m0, m1))
-        r = 16 * i + lane % 16
-        chunk = (2 * j + lane // 16) ^ ((r // 2) % 4)
-        ptx.stmatrix_x4(sM + r * 64 + chunk * 16, tuple(words))
+        self.store_tile(sM, i, j, words, lane)
 
     # ------------------------------------------------------------------ invert
 
@@ -610,9 +605,11 @@ class KdaFwdSm90:
         self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, ready, a_full, a_empty,
         cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
-        """Two warps, every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta) by forward substitution in fp32.
+        """Two warps, every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
 
-        A lane solves for one column. A is used column by column, so that one multiply-add, not a sum, lies between x_j and x_j+1.
+        The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
+        multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor cores, in
+        bf16 high and low parts.
         """
         lane = cute.arch.lane_idx()
         system = sSystems + which * SYSTEM
@@ -630,29 +627,76 @@ class KdaFwdSm90:
                 beta = ptx.lds_f32(system + BETA + lane * 4)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
-                ptx.sts_f32(system + SQUARES + lane * 4, -rk * beta)
+                ptx.sts_f32(at, -rk * beta)
                 cute.arch.sync_warp()
-                sT = ring + stage * self.stage_bytes + self.at_t + lane % 8 * 2
-                x = [Float32(0.0)] * C
-                for j in cutlass.range_constexpr(C):
+                # lanes 0-15: T00, lanes 16-31: T11
+                block = lane // SUB * SUB
+                x = [Float32(0.0)] * SUB
+                for j in cutlass.range_constexpr(SUB):
                     # x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i
-                    x_j = ptx.fma(x[j], ptx.lds_f32(system + SQUARES + j * 4), Float32(1.0) if lane == j else Float32(0.0))
-                    y_j = x_j * ptx.lds_f32(norm_at + j * 4)
-                    for i4 in cutlass.range_constexpr((j + 1) // 4 * 4, C, 4):
-                        a = ptx.lds_f32x4(system + j * A_ROW + i4 * 4)
-                        for i in cutlass.range_constexpr(i4, i4 + 4):
-                            if const_expr(i > j):
-                                x[i] = ptx.fma(a[i - i4], y_j, x[i])
-                    if const_expr(j % 2 == 1):
-                        cute.arch.sync_warp()  # or ptxas loads half of A ahead, and spills
-                    t = y_j * beta
-                    ptx.sts_bf16(sT + j * 64 + ((lane // 8) ^ (j // 2 % 4)) * 16, ptx.pack_bf16(t, t))
+                    delta = Float32(1.0) if lane - block == j else Float32(0.0)
+                    x_j = ptx.fma(x[j], ptx.lds_f32(system + SQUARES + (block + j) * 4), delta)
+                    y_j = x_j * ptx.lds_f32(norm_at + (block + j) * 4)
+                    for i4 in cutlass.range_constexpr((j + 1) // 4 * 4, SUB, 4):
+                        a = ptx.lds_f32x4(system + (block + j) * A_ROW + (block + i4) * 4)
+                        for i in cutlass.range_constexpr(max(i4, j + 1), i4 + 4):
+                            x[i] = ptx.fma(a[i - i4], y_j, x[i])
+                    x[j] = y_j * beta
+                cute.arch.sync_warp()
+                sT = ring + stage * self.stage_bytes + self.at_t
+                for j in cutlass.range_constexpr(SUB):
+                    ptx.sts_f32(system + (block + j) * A_ROW + lane * 4, x[j])  # over A's diagonal blocks
+                cute.arch.sync_warp()
+                row, col = lane // 4, lane % 4 * 2
+                t11, t00, a10 = [], [], []
+                for e in cutlass.range_constexpr(4):  # operand registers: rows or columns 8 (e % 2), then 8 (e // 2)
+                    r, c8 = row + e % 2 * 8, col + e // 2 * 8
+                    t11.append(self.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
+                    a_ij = ptx.lds_f32x2(system + r * A_ROW + (SUB + c8) * 4)
+                    rk_i = ptx.lds_f32x2(norm_at + (SUB + c8) * 4)
+                    a10.append(self.high_low((a_ij[0] * rk_i[0], a_ij[1] * rk_i[1])))
+                    t_jc = system + c8 * A_ROW + r * 4
+                    t00.append(self.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
+                p = self.product(t11, a10)
+                p = [self.high_low((p[e // 2][e % 2 * 2], p[e // 2][e % 2 * 2 + 1])) for e in range(4)]
+                t10 = self.product(p, t00)
+                words = [[], [], [], []]
+                for e in cutlass.range_constexpr(4):
+                    r, c8 = row + e % 2 * 8, col + e // 2 * 8
+                    t = system + r * A_ROW + c8 * 4
+                    words[0].append(ptx.pack_bf16(*ptx.lds_f32x2(t)))
+                    words[1].append(Uint32(0))
+                    words[2].append(ptx.pack_bf16(-t10[e // 2][e % 2 * 2], -t10[e // 2][e % 2 * 2 + 1]))
+                    words[3].append(t11[e][0])
+                for i in cutlass.range_constexpr(4):
+                    self.store_tile(sT, i // 2, i % 2, words[i], lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.sync_warp()
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(a_empty + which)
                     cute.arch.mbarrier_arrive(ready + stage)
             n += chunks
+
+    def high_low(self, x):
+        """Two fp32 numbers as bf16 pairs (high, low) with x = high + low to 16 bits."""
+        high = ptx.pack_bf16(*x)
+        return high, ptx.pack_bf16(x[0] - ptx.bf16_lo(high), x[1] - ptx.bf16_hi(high))
+
+    def product(self, a, b):
+        """16 x 16 by 16 x 16, of operands in high and low parts."""
+        out = []
+        for nt in range(2):
+            acc = (Float32(0.0),) * 4
+            for i, j in ((1, 0), (0, 1), (0, 0)):
+                acc = ptx.mma_bf16(tuple(r[i] for r in a), b[nt][j], b[nt + 2][j], acc)
+            out.append(acc)
+        return out
+
+    def store_tile(self, base: Int32, i: int, j: int, words, lane: Int32) -> None:
+        """Block (i, j) of a [32, 32] bf16 operand (64-byte swizzle)."""
+        r = SUB * i + lane % 16
+        chunk = (2 * j + lane // 16) ^ ((r // 2) % 4)
+        ptx.stmatrix_x4(base + r * 64 + chunk * 16, tuple(words))
 
     @cute.jit
     def inverse_norm(self, x2: Float32, flags: Int32) -> Float32:
