@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
 MINUTES ?= 10
 
-.PHONY: demo test gpu-test fuzz lint format types inspect doctor clean
+.PHONY: demo test gpu-test sanitize fuzz lint format types inspect doctor clean
 
 demo: $(STAMP)  ## KDA at Kimi Linear's shapes: on a Hopper GPU, else smaller on the CPU
 	$(BIN)/python -m kda_cute demo
@@ -16,6 +16,11 @@ test: $(STAMP)  ## all tests; those marked gpu skip, with a printed reason, wher
 
 gpu-test: $(STAMP)  ## only the GPU tests, one process
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+sanitize: $(STAMP)  ## compute-sanitizer's four tools over every configuration; needs a Hopper GPU and the CUDA toolkit
+	$(BIN)/python -m kda_cute warmup
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.gpu.sanitize || exit 1; done
 
 fuzz: $(STAMP)  ## random examples for MINUTES=10; failing ones are kept and replayed by `make test`
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)

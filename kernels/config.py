@@ -9,7 +9,9 @@ MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
 
 # Flags that cost nothing at run time, so that they cost no binary: bits of the kernel's argument `flags`.
-L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_BF16, CU_INT64 = (1 << i for i in range(8))
+L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_BF16, CU_INT64 = (
+    1 << i for i in range(8)
+)
 
 
 @dataclass(frozen=True)

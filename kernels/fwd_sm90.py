@@ -57,10 +57,11 @@ NORM = 2 * D * 4  # fp32 [2, 32]: 1 / |k_i|, scale / |q_i|
 TABLES = NORM + 2 * C * 4
 # The linear systems on their way from `prepare` to `invert`.
 SYSTEMS = 2  # one for each warp of `invert`
-A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words of padding against bank conflicts
+A_ROW = (
+    C + 4
+) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words of padding against bank conflicts
 SQUARES = C * A_ROW  # fp32 [2, 2, 32]: half sums of |k_i|^2, |q_i|^2
-BETA = SQUARES + 4 * C * 4  # fp32 [32]
-SYSTEM = BETA + C * 4
+SYSTEM = SQUARES + 4 * C * 4
 # Scratch of `prepare`.
 KE = 0  # bf16 [2, 16, 64], swizzled: Ki of block 0 at its anchor
 EXCHANGE = 4096  # fp32 [2, 2, 256]: half sums of the diagonal blocks of A and M
@@ -186,17 +187,19 @@ class KdaFwdSm90:
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
-                self.load(q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, cu_seqlens, flags, items, H, T)
+                self.load(
+                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, cu_seqlens, flags, items, H, T
+                )
             elif warp <= SYSTEMS:
                 self.invert(
                     warp - 1, ring.toint(), sTables, sSystems, ready, a_full, a_empty,
-                    cu_seqlens, scale, flags, items, H, T,
+                    beta, cu_seqlens, scale, flags, items, H, T,
                 )  # fmt: skip
         elif warp < 8:
             cute.arch.setmaxregister_increase(self.regs_prepare)
             self.prepare(
                 warp - 4, ring.toint(), sTables, sSystems, scratch, raw_full, ready, a_full, a_empty,
-                beta, A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T,
+                A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.regs_state)
@@ -284,7 +287,7 @@ class KdaFwdSm90:
     @cute.jit
     def prepare(
         self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, scratch: Int32, raw_full, ready, a_full, a_empty,
-        beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
+        A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
         items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
         """A warpgroup: q, k, g of a chunk -> Qd, Kd, Kr in place; M; A for `invert`.
@@ -312,7 +315,7 @@ class KdaFwdSm90:
         stage, phase = Int32(0), Int32(0)
         slot, slot_phase = Int32(0), Int32(1)
         for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
-            start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
+            _, tokens, _ = self.sequence(item // H, cu_seqlens, flags, T)
             h = item % H
             # the gate is lam / (1 + 2^(slope g + bias)): fold A_log, dt_bias and the base of the logarithm once a head
             slope, lam = Float32(0.0), Float32(LOG2_E)
@@ -325,7 +328,6 @@ class KdaFwdSm90:
                     bias = slope * self.global_f32(dt_bias, Int64(h * D + thread))
                 ptx.sts_f32(scratch + BIAS + thread * 4, bias)
                 self.prepare_sync()
-            beta_at = (Int64(b) * T + start) * H + h
             f = Float32(0.0)  # of channel `thread`: what the integer anchor of the last chunk's end left
 
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
@@ -335,12 +337,10 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_wait(raw_full + stage, phase)
                 if valid < C:
                     self.clear_tail(thread, valid, sStage)
-                b_i = Float32(0.0)  # beta of token 16 sub + lane % 16
-                if 16 * sub + lane % 16 < valid:
-                    b_i = self.beta(beta, beta_at + Int64(c * C + 16 * sub + lane % 16) * H, flags)
-
                 # log2 decay summed from the block's first token
-                G = self.log_decay(sStage, scratch, slope, self.masked(lam, 16 * sub + col, valid), lower, sub, half, lane)
+                G = self.log_decay(
+                    sStage, scratch, slope, self.masked(lam, 16 * sub + col, valid), lower, sub, half, lane
+                )
                 channel = 64 * half + col
                 if row == 7:
                     for kk in cutlass.range_constexpr(4):
@@ -376,7 +376,7 @@ class KdaFwdSm90:
                         ptx.stmatrix_x4(tile_ke + tc, ki)
                     left_k[kk], left_q[kk] = self.shifted(lk, shift + 4 * 2 * D), self.shifted(lq, shift + 4 * 2 * D)
 
-                # `invert` takes |k|^2, |q|^2 (half sums), beta and A from one of two buffers
+                # `invert` takes |k|^2, |q|^2 (half sums) and A from one of two buffers
                 cute.arch.mbarrier_wait(a_empty + slot, slot_phase)
                 for i in cutlass.range_constexpr(2):
                     k_sum, q_sum = self.quad_sum(k2[i]), self.quad_sum(q2[i])
@@ -384,19 +384,17 @@ class KdaFwdSm90:
                         at = system + SQUARES + (half * 2 * C + 16 * sub + row + 8 * i) * 4
                         ptx.sts_f32(at, k_sum)
                         ptx.sts_f32(at + C * 4, q_sum)
-                if warp < 2 and lane < 16:
-                    ptx.sts_f32(system + BETA + (16 * sub + lane) * 4, b_i)
                 # the first half's warp completes A, the second's M
                 exchange = scratch + EXCHANGE + sub * 2048 + lane * 16
-                self.give(exchange, A, M, half)
+                self.give(exchange, 1024, A, M, half)
                 self.prepare_sync()
 
                 m_stage = sStage + self.at_m
                 if sub == 0:
                     if half == 0:
-                        self.store_a(self.take(exchange, A, half), 0, 0, system, lane)
+                        self.store_a(self.take(exchange, 1024, A, half), 0, 0, system, lane)
                     else:
-                        self.store_m(self.take(exchange, M, half), 0, 0, m_stage, lane)
+                        self.store_m(self.take(exchange, 1024, M, half), 0, 0, m_stage, lane)
                         self.store_m([(Float32(0.0),) * 4] * 2, 0, 1, m_stage, lane)
                 else:
                     A10 = [(Float32(0.0),) * 4] * 2
@@ -408,14 +406,14 @@ class KdaFwdSm90:
                             M10[nt] = ptx.mma_bf16(left_q[kk], ki[nt], ki[nt + 2], M10[nt])
                     exchange10 = scratch + KE + lane * 16  # each warp's own half of Ki, which only it has read
                     cute.arch.sync_warp()
-                    self.give(exchange10, A10, M10, half)
+                    self.give(exchange10, 2048, A10, M10, half)
                     cute.arch.barrier(barrier_id=OFF_DIAGONAL_BAR, number_of_threads=64)
                     if half == 0:
-                        self.store_a(self.take(exchange, A, half), 1, 1, system, lane)
-                        self.store_a(self.take(exchange10, A10, half), 1, 0, system, lane)
+                        self.store_a(self.take(exchange, 1024, A, half), 1, 1, system, lane)
+                        self.store_a(self.take(exchange10, 2048, A10, half), 1, 0, system, lane)
                     else:
-                        self.store_m(self.take(exchange, M, half), 1, 1, m_stage, lane)
-                        self.store_m(self.take(exchange10, M10, half), 1, 0, m_stage, lane)
+                        self.store_m(self.take(exchange, 1024, M, half), 1, 1, m_stage, lane)
+                        self.store_m(self.take(exchange10, 2048, M10, half), 1, 0, m_stage, lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.sync_warp()
                 with cute.arch.elect_one():
@@ -435,7 +433,9 @@ class KdaFwdSm90:
 
     @cute.jit
     def global_f32(self, address: Int64, index: Int64) -> Float32:
-        return cute.make_tensor(cute.make_ptr(Float32, address + index * 4, cute.AddressSpace.gmem), cute.make_layout(1))[0]
+        return cute.make_tensor(
+            cute.make_ptr(Float32, address + index * 4, cute.AddressSpace.gmem), cute.make_layout(1)
+        )[0]
 
     @cute.jit
     def global_bf16(self, address: Int64, index: Int64) -> Float32:
@@ -556,17 +556,18 @@ class KdaFwdSm90:
         return x + cute.arch.shuffle_sync_bfly(x, 2)
 
     @cute.jit
-    def give(self, at: Int32, A, M, half: Int32):
-        """The half sum that the other warp completes. 1 KiB a warp, 16 bytes a lane at a time."""
+    def give(self, at: Int32, stride: cutlass.Constexpr[int], A, M, half: Int32):
+        """Leave the half sum that the other warp completes: 1 KiB, 16 bytes a lane at a time."""
         if half == 0:
-            ptx.sts_f32x4(at + 1024, M[0])
-            ptx.sts_f32x4(at + 1536, M[1])
+            ptx.sts_f32x4(at, M[0])
+            ptx.sts_f32x4(at + 512, M[1])
         else:
-            ptx.sts_f32x4(at, A[0])
-            ptx.sts_f32x4(at + 512, A[1])
+            ptx.sts_f32x4(at + stride, A[0])
+            ptx.sts_f32x4(at + stride + 512, A[1])
 
-    def take(self, at: Int32, X, half: Int32):
-        at = at + half * 1024
+    def take(self, at: Int32, stride: int, X, half: Int32):
+        """The sum of X and of what the other warp gave."""
+        at = at + (1 - half) * stride
         return [[x + y for x, y in zip(X[nt], ptx.lds_f32x4(at + nt * 512))] for nt in range(2)]
 
     @cute.jit
@@ -603,7 +604,7 @@ class KdaFwdSm90:
     @cute.jit
     def invert(
         self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, ready, a_full, a_empty,
-        cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
+        beta: Int64, cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
         """Two warps, every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
 
@@ -615,19 +616,22 @@ class KdaFwdSm90:
         system = sSystems + which * SYSTEM
         n = Int32(0)
         for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
-            _, tokens, _ = self.sequence(item // H, cu_seqlens, flags, T)
+            start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
             chunks = cute.ceil_div(tokens, C)
+            beta_at = (Int64(b) * T + start) * H + item % H
             for c in cutlass.range((which + n) % SYSTEMS, chunks, SYSTEMS, unroll=1):
                 stage = (n + c) % self.stages
                 norm_at = sTables + stage * TABLES + NORM
+                b_i = Float32(0.0)
+                if c * C + lane < tokens:
+                    b_i = self.beta(beta, beta_at + Int64(c * C + lane) * H, flags)
                 cute.arch.mbarrier_wait(a_full + which, ((n + c) // SYSTEMS) & 1)
                 at = system + SQUARES + lane * 4
                 rk = self.inverse_norm(ptx.lds_f32(at) + ptx.lds_f32(at + 2 * C * 4), flags)
                 rq = self.inverse_norm(ptx.lds_f32(at + C * 4) + ptx.lds_f32(at + 3 * C * 4), flags)
-                beta = ptx.lds_f32(system + BETA + lane * 4)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
-                ptx.sts_f32(at, -rk * beta)
+                ptx.sts_f32(at, -rk * b_i)
                 cute.arch.sync_warp()
                 # lanes 0-15: T00, lanes 16-31: T11
                 block = lane // SUB * SUB
@@ -641,7 +645,7 @@ class KdaFwdSm90:
                         a = ptx.lds_f32x4(system + (block + j) * A_ROW + (block + i4) * 4)
                         for i in cutlass.range_constexpr(max(i4, j + 1), i4 + 4):
                             x[i] = ptx.fma(a[i - i4], y_j, x[i])
-                    x[j] = y_j * beta
+                    x[j] = y_j * b_i
                 cute.arch.sync_warp()
                 sT = ring + stage * self.stage_bytes + self.at_t
                 for j in cutlass.range_constexpr(SUB):
@@ -804,7 +808,9 @@ class KdaFwdSm90:
                 ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
                 cute.arch.fence_view_async_shared()
                 if warp == 0:
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before last is done with the other buffer
+                    cute.arch.cp_async_bulk_wait_group(
+                        0, read=True
+                    )  # the store before last is done with the other buffer
                 cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
                 if tokens - c * C >= C:
                     if warp == 0:
@@ -892,7 +898,9 @@ class KdaFwdSm90:
                 tile[i] = acc[i].to(tile.element_type)
 
     @cute.jit
-    def store_tail(self, sO: Int32, mO: cute.Tensor, token: Int32, valid: Int32, h: Int32, b: Int32, wg: Int32, thread: Int32):
+    def store_tail(
+        self, sO: Int32, mO: cute.Tensor, token: Int32, valid: Int32, h: Int32, b: Int32, wg: Int32, thread: Int32
+    ):
         """The last, partial chunk: a TMA box would overwrite the next sequence."""
         for i in cutlass.range_constexpr(2):
             r, piece = thread // 8 + 16 * i, thread % 8

@@ -162,11 +162,17 @@ def lds_u32x4(address: Int32, *, loc=None, ip=None) -> U4:
 @dsl_user_op
 def sts_bf16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
     """The low 16 bits of x."""
-    _asm("{ .reg .b16 h, g; mov.b32 {h, g}, $1; st.shared.b16 [$0], h; }", [], [address, x], "r,r,~{memory}", True, loc, ip)
+    _asm(
+        "{ .reg .b16 h, g; mov.b32 {h, g}, $1; st.shared.b16 [$0], h; }",
+        [],
+        [address, x],
+        "r,r,~{memory}",
+        True,
+        loc,
+        ip,
+    )
 
 
 @dsl_user_op
 def sts_f32x4(address: Int32, x: F4, *, loc=None, ip=None) -> None:
-    _asm(
-        "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,f,f,f,f,~{memory}", True, loc, ip
-    )
+    _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,f,f,f,f,~{memory}", True, loc, ip)

@@ -1,0 +1,58 @@
+"""What `make sanitize` runs under compute-sanitizer: every compiled configuration on the shapes where kernels go wrong.
+
+Chunks that are full, partial and absent, more sequences than stages, every state layout and dtype. Small: racecheck slows a
+kernel down a thousandfold. Prints one line a call, and fails when a result is wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from kda_cute import chunk_kda
+
+LENGTHS = (0, 1, 15, 16, 17, 32, 33, 0, 70, 200)
+H, D = 2, 128
+BOUND = 6e-3
+
+
+def call(g_dtype: torch.dtype, in_kernel: bool, varlen: bool, state_dtype: torch.dtype, state_v_first: bool) -> float:
+    B, T = (1, sum(LENGTHS) + 5) if varlen else (2, 70)
+    N = len(LENGTHS) if varlen else B
+    cuda = {"device": "cuda"}
+    q, k, v = (torch.randn(B, T, H, D, **cuda).bfloat16() for _ in range(3))
+    beta = torch.randn(B, T, H, **cuda).to(g_dtype)
+    g = torch.randn(B, T, H, D, **cuda)
+    g = (g if in_kernel else g.sigmoid() * -5).to(g_dtype)
+    state = torch.randn(N, H, D, D, **cuda).to(state_dtype)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)], **cuda) if varlen else None
+    arguments = dict(
+        initial_state=state, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, state_v_first=state_v_first,
+        use_gate_in_kernel=in_kernel, safe_gate=True, lower_bound=-5.0 if in_kernel else None, cu_seqlens=cu_seqlens,
+        A_log=torch.rand(H, **cuda) if in_kernel else None, dt_bias=torch.rand(H, D, **cuda) if in_kernel else None,
+    )  # fmt: skip
+    out, final = torch.zeros_like(v), torch.empty_like(state)
+    o, s = chunk_kda(q, k, v, g, beta, out=out, final_state=final, **arguments)
+    expected_o, expected_s = chunk_kda(
+        q, k, v, g, beta, out=torch.zeros_like(v), output_final_state=True, backend="reference", **arguments
+    )
+
+    def error(x: torch.Tensor, y: torch.Tensor) -> float:
+        return ((x.double() - y.double()).norm() / y.double().norm()).item()
+
+    return max(error(o, expected_o), error(s, expected_s))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    cases = itertools.product((torch.bfloat16, torch.float32), (True, False), (True, False))
+    for i, (g_dtype, in_kernel, varlen) in enumerate(cases):
+        state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
+        error = call(g_dtype, in_kernel, varlen, state_dtype, state_v_first)
+        print(f"{g_dtype=} {in_kernel=} {varlen=} {state_dtype=} {state_v_first=} error {error:.1e}", flush=True)
+        assert error < BOUND
+
+
+if __name__ == "__main__":
+    main()
