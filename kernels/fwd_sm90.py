@@ -172,11 +172,11 @@ class KdaFwdSm90:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(ready + s, 5)  # the warps of `prepare`, one of `invert`
+                    cute.arch.mbarrier_init(ready + s, 128 + 32)  # `prepare`, a warp of `invert`
                     cute.arch.mbarrier_init(empty + s, 8)
                 for i in cutlass.range_constexpr(SYSTEMS):
-                    cute.arch.mbarrier_init(a_full + i, 4)
-                    cute.arch.mbarrier_init(a_empty + i, 1)
+                    cute.arch.mbarrier_init(a_full + i, 128)
+                    cute.arch.mbarrier_init(a_empty + i, 32)
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
@@ -415,10 +415,8 @@ class KdaFwdSm90:
                         self.store_m(self.take(exchange, 1024, M, half), 1, 1, m_stage, lane)
                         self.store_m(self.take(exchange10, 2048, M10, half), 1, 0, m_stage, lane)
                 cute.arch.fence_view_async_shared()
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(a_full + slot)
-                    cute.arch.mbarrier_arrive(ready + stage)
+                cute.arch.mbarrier_arrive(a_full + slot)
+                cute.arch.mbarrier_arrive(ready + stage)
                 slot += 1
                 if slot == SYSTEMS:
                     slot = Int32(0)
@@ -675,10 +673,8 @@ class KdaFwdSm90:
                 for i in cutlass.range_constexpr(4):
                     self.store_tile(sT, i // 2, i % 2, words[i], lane)
                 cute.arch.fence_view_async_shared()
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(a_empty + which)
-                    cute.arch.mbarrier_arrive(ready + stage)
+                cute.arch.mbarrier_arrive(a_empty + which)
+                cute.arch.mbarrier_arrive(ready + stage)
             n += chunks
 
     def high_low(self, x):

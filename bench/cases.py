@@ -1,0 +1,83 @@
+"""Shapes and inputs. The gate parameters are those of FlashKDA's benchmark ("prod")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+D = 128
+LOWER_BOUND = -5.0
+RAGGED = (1300, 547, 2048, 963, 271, 3063)
+
+
+@dataclass(frozen=True)
+class Case:
+    """lengths: tokens of each sequence; one sequence runs without cu_seqlens."""
+
+    lengths: tuple[int, ...]
+    H: int
+    gate: str = "prod"
+
+    @property
+    def T(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def N(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def name(self) -> str:
+        n, first = self.N, self.lengths[0]
+        shape = (
+            f"{first}"
+            if n == 1
+            else f"{n} x {first}"
+            if len(set(self.lengths)) == 1
+            else "+".join(map(str, self.lengths))
+        )
+        return f"{shape}, H = {self.H}, {self.gate}"
+
+    @property
+    def floor_bytes(self) -> int:
+        """q, k, v, g, beta read and o written once in bf16, both states in fp32."""
+        return self.T * self.H * (5 * 2 * D + 2) + 2 * self.N * self.H * D * D * 4
+
+
+SUITES = {
+    "headline": [Case(lengths, H) for lengths in ((8192,), RAGGED, (1024,) * 8) for H in (96, 64)],
+    "end-to-end": [Case((8192,), 96), Case((1024,) * 8, 96)],
+    "gates": [Case((8192,), 96, gate) for gate in ("prod", "weak", "mixed")],
+    "few-heads": [Case((8192,), H) for H in (8, 16, 32)],
+    "short": [Case((128,) * 64, 32), Case((32,) * 256, 32), Case((8,) * 1024, 32)],
+}
+
+
+@dataclass
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor  # raw
+    beta: torch.Tensor  # logits
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+    state: torch.Tensor  # [N, H, V, K]
+    cu_seqlens: torch.Tensor | None
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    torch.manual_seed(seed)
+    T, H, cuda = case.T, case.H, {"device": "cuda"}
+    q, k = (torch.nn.functional.normalize(torch.randn(1, T, H, D, **cuda), dim=-1).bfloat16() for _ in range(2))
+    v, g = (torch.randn(1, T, H, D, **cuda).bfloat16() for _ in range(2))
+    beta = torch.randn(1, T, H, **cuda).bfloat16()
+    A_log, dt_bias = torch.rand(H, **cuda), torch.rand(H, D, **cuda)
+    if case.gate == "weak":
+        A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, -8)
+    elif case.gate == "mixed":
+        A_log, dt_bias = torch.zeros_like(A_log), dt_bias * 12 - 10
+    state = torch.randn(case.N, H, D, D, **cuda)
+    cu = torch.tensor((0, *case.lengths), **cuda).cumsum(0) if case.N > 1 else None
+    return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu)
