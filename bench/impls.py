@@ -1,4 +1,4 @@
-"""The implementations under test. Each is a function of the inputs that returns a call without arguments -> (o, final state)."""
+"""The implementations. Each takes the inputs and returns a call without arguments -> (o, final state)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m bench.startup`: what the first call costs with an empty cache, with a full one, and how often shapes recompile.
+"""`python -m bench.startup`: the first call with an empty cache, with a full one, and how often shapes recompile.
 
 Each figure is from a process of its own; torch's import and the start of CUDA are not counted.
 """
@@ -17,7 +17,8 @@ torch.zeros(1, device="cuda"); torch.cuda.synchronize()
 def inputs(T, H, n):
     q, k, v, g = (torch.randn(1, T, H, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     cu = None if n == 0 else torch.linspace(0, T, n + 1, device="cuda").round().int()
-    return dict(q=q, k=k, v=v, g=g, beta=torch.rand(1, T, H, device="cuda"), cu_seqlens=cu, safe_gate=True, lower_bound=-5.0,
+    beta = torch.rand(1, T, H, device="cuda")
+    return dict(q=q, k=k, v=v, g=g, beta=beta, cu_seqlens=cu, safe_gate=True, lower_bound=-5.0,
                 use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, output_final_state=True)
 x = inputs(1024, 8, 0)
 torch.cuda.synchronize()

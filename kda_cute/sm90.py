@@ -1,4 +1,4 @@
-"""The call path to the Hopper kernel: picks the binary, packs the run-time flags, launches on torch's current stream."""
+"""The call path to the Hopper kernel: picks the binary, packs run-time flags, launches on torch's stream."""
 
 from __future__ import annotations
 

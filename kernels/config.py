@@ -16,10 +16,11 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_
 
 @dataclass(frozen=True)
 class KdaFwdConfig:
-    """One compiled binary. Everything else (shapes, strides, cu_seqlens, l2norm, sigmoid, states and their dtypes) is run time.
+    """One compiled binary. All else (shapes, strides, cu_seqlens, l2norm, sigmoid, states, their dtypes) is run time.
 
     g_dtype: how the gate arrives in memory; it fixes the TMA descriptor and the shared-memory tile.
-    gate: "safe" computes lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) in the kernel, "log" takes g as log decay in [-5, 0].
+    gate: "safe" computes lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) in the kernel, "log" takes g as log decay in
+        [-5, 0].
     """
 
     g_dtype: Literal["bf16", "fp32"] = "bf16"

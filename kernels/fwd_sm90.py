@@ -1,22 +1,26 @@
 """KDA forward for Hopper: one fused, persistent, warp-specialised kernel.
 
-A thread block takes a (sequence, head) at a time and walks it in chunks of C = 32 tokens through a ring of shared-memory stages:
+A thread block takes a (sequence, head) at a time and walks it in chunks of C = 32 tokens through a ring of stages in
+shared memory:
 
-    load      one warp        TMA: q, k, v, g of a chunk -> stage
-    prepare   two warp pairs  in place: q, k, g -> Qd, Kd, Kr; and T = (I + A)^-1, M
-    state     2 warpgroups    S in registers, 64 value rows each; WGMMA; o -> TMA store
+    load      one warp         TMA: q, k, v, g of a chunk -> stage
+    prepare   one warpgroup    in place: q, k, g -> Qd, Kd, Kr; M; A -> `invert`
+    invert    two warps        T = (I + A)^-1, every other chunk each
+    state     two warpgroups   S in registers, 64 value rows each: WGMMA; o -> TMA store
 
 With S [V, K] the state before the chunk and G_i the log2 decay summed over tokens 0..i of it, the chunk is
 
-    Kd_i = k_i 2^G_i      Qd_i = q_i 2^G_i      Kr_j = k_j 2^(G_C - G_j)
-    A = strict_lower(diag(beta) Kd Ki^T)        M = lower(Qd Ki^T)           Ki_j = k_j 2^-G_j
-    U = (I + A)^-1 diag(beta) (V - Kd S^T)      O = Qd S^T + M U             S <- S diag(2^G_C) + U^T Kr
+    Kd_i = k_i 2^G_i     Qd_i = q_i 2^G_i     Kr_j = k_j 2^(G_C - G_j)     Ki_j = k_j 2^-G_j
+    A = strict_lower(diag(beta) Kd Ki^T)      M = lower(Qd Ki^T)
+    U = (I + A)^-1 diag(beta) (V - Kd S^T)    O = Qd S^T + M U             S <- S diag(2^G_C) + U^T Kr
 
-2^-G_j would overflow over 32 tokens of a gate that may lose 5 nats a token, so exponents are taken relative to an integer anchor p in
-the middle of each 16-token block (at most 58 either way), and moving from one anchor to another is an exact multiplication by a
-power of two. The state carries the fraction that an integer anchor leaves at a chunk's end: it is kept as S 2^-f, |f| <= 1/2.
+2^-G_j would overflow over 32 tokens of a gate that may lose 5 nats a token, so exponents are taken relative to an
+integer anchor p in the middle of each 16-token block (at most 58 either way), and moving from one anchor to another is
+an exact multiplication by a power of two. The state carries the fraction that an integer anchor leaves at a chunk's
+end: it is kept as S 2^-f, |f| <= 1/2.
 
-The norms of q and k never touch the tiles: 1 / |k_i| multiplies rows of A and T and the product Kd S^T, scale / |q_i| multiplies o_i.
+The norms of q and k never touch the tiles: 1 / |k_i| multiplies rows of A and T and the product Kd S^T, scale / |q_i|
+multiplies o_i.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ C = 32  # tokens in a chunk
 SUB = 16  # tokens with one anchor: 16 * 5 nats stay inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
-PREPARE_BAR, OFF_DIAGONAL_BAR, STATE_BAR = 1, 2, 3  # named barriers; STATE_BAR + 1 is the second state warpgroup's
+# Named barriers: one for each point where `prepare` meets, one for each state warpgroup.
+HEAD_BAR, TAIL_BAR, TOTALS_BAR, ANCHORS_BAR, TILES_BAR, OFF_DIAGONAL_BAR, STATE_BAR = 1, 2, 3, 4, 5, 6, 7
 
 AT_KQ, AT_G = 0, 4 * BOX  # in a stage of the ring; what follows g depends on its dtype
 # Tables of a stage, in bytes from its start.
@@ -173,7 +178,7 @@ class KdaFwdSm90:
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
                     cute.arch.mbarrier_init(ready + s, 128 + 32)  # `prepare`, a warp of `invert`
-                    cute.arch.mbarrier_init(empty + s, 8)
+                    cute.arch.mbarrier_init(empty + s, 256)
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 128)
                     cute.arch.mbarrier_init(a_empty + i, 32)
@@ -192,7 +197,7 @@ class KdaFwdSm90:
                 )
             elif warp <= SYSTEMS:
                 self.invert(
-                    warp - 1, ring.toint(), sTables, sSystems, ready, a_full, a_empty,
+                    warp - 1, ring.toint(), sTables, sSystems, raw_full, ready, a_full, a_empty,
                     beta, cu_seqlens, scale, flags, items, H, T,
                 )  # fmt: skip
         elif warp < 8:
@@ -210,7 +215,7 @@ class KdaFwdSm90:
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
-        """(first token, tokens, batch) of sequence n. Wrong cu_seqlens values give shorter sequences, never an address out of bounds."""
+        """(first token, tokens, batch) of sequence n. Wrong cu_seqlens give shorter sequences, no wrong address."""
         start, end, b = Int32(0), T, n
         if cu_seqlens != 0:
             if (flags & CU_INT64) != 0:
@@ -234,6 +239,13 @@ class KdaFwdSm90:
         stages = cute.make_layout(self.stages, stride=(stride or self.stage_bytes) * 8 // dtype.width)
         return cute.make_tensor(cute.recast_ptr(base, layout.inner, dtype), cute.append(layout.outer, stages))
 
+    def boxes_of(self, tma, m, start: Int32, cols: int, s_boxes):
+        """TMA views of a head [T, D] from token `start` on: shared boxes, and [box, chunk, column box] of the head."""
+        g = cute.local_tile(cute.domain_offset((start, 0), m), (C, cols), (None, None))
+        return cpasync.tma_partition(
+            tma, 0, cute.make_layout(1), cute.group_modes(s_boxes, 0, 2), cute.group_modes(g, 0, 2)
+        )
+
     # ------------------------------------------------------------------ load
 
     @cute.jit
@@ -254,18 +266,10 @@ class KdaFwdSm90:
         for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
             start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
             h = item % H
-
-            def parts(tma, m, cols, s_boxes):
-                m = cute.domain_offset((start, 0), m[None, None, h, b])
-                g = cute.local_tile(m, (C, cols), (None, None))
-                return cpasync.tma_partition(
-                    tma, 0, cute.make_layout(1), cute.group_modes(s_boxes, 0, 2), cute.group_modes(g, 0, 2)
-                )
-
-            sK_, gK = parts(k_tma, mK, 64, bKQ)
-            sQ_, gQ = parts(q_tma, mQ, 64, bKQ)
-            sV_, gV = parts(v_tma, mV, 64, bV)
-            sG_, gG = parts(g_tma, mG, D // self.g_boxes, bG)
+            sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
+            sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
+            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
+            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 bar = raw_full + stage
@@ -286,7 +290,8 @@ class KdaFwdSm90:
 
     @cute.jit
     def prepare(
-        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, scratch: Int32, raw_full, ready, a_full, a_empty,
+        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, scratch: Int32,
+        raw_full, ready, a_full, a_empty,
         A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
         items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
@@ -327,7 +332,7 @@ class KdaFwdSm90:
                 if dt_bias != 0:
                     bias = slope * self.global_f32(dt_bias, Int64(h * D + thread))
                 ptx.sts_f32(scratch + BIAS + thread * 4, bias)
-                self.prepare_sync()
+                self.prepare_sync(HEAD_BAR)
             f = Float32(0.0)  # of channel `thread`: what the integer anchor of the last chunk's end left
 
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
@@ -347,9 +352,9 @@ class KdaFwdSm90:
                         for nt in cutlass.range_constexpr(2):
                             at = scratch + TOTAL + (sub * D + channel + 16 * kk + 8 * nt) * 4
                             ptx.sts_f32x2(at, G[kk][nt][2], G[kk][nt][3])
-                self.prepare_sync()
+                self.prepare_sync(TOTALS_BAR)
                 f = self.anchors(f, thread, scratch, sTables + stage * TABLES)
-                self.prepare_sync()
+                self.prepare_sync(ANCHORS_BAR)
 
                 tile_kq = sStage + half * (2 * BOX) + tile_row
                 tile_kr = sStage + AT_G + half * self.kr_half + tile_row
@@ -387,7 +392,7 @@ class KdaFwdSm90:
                 # the first half's warp completes A, the second's M
                 exchange = scratch + EXCHANGE + sub * 2048 + lane * 16
                 self.give(exchange, 1024, A, M, half)
-                self.prepare_sync()
+                self.prepare_sync(TILES_BAR)
 
                 m_stage = sStage + self.at_m
                 if sub == 0:
@@ -426,8 +431,8 @@ class KdaFwdSm90:
                     stage = Int32(0)
                     phase ^= 1
 
-    def prepare_sync(self) -> None:
-        cute.arch.barrier(barrier_id=PREPARE_BAR, number_of_threads=128)
+    def prepare_sync(self, barrier: int) -> None:
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=128)
 
     @cute.jit
     def global_f32(self, address: Int64, index: Int64) -> Float32:
@@ -464,11 +469,13 @@ class KdaFwdSm90:
 
     @cute.jit
     def clear_tail(self, thread: Int32, valid: Int32, sStage: Int32):
-        """Rows behind the sequence's end hold the next sequence: zero them, so that not even its NaN can reach this one."""
-        for i in cutlass.range(valid * 8 + thread, C * 8, 128, unroll=1):
-            for box in cutlass.range_constexpr(self.at_t // BOX):  # k, q, g and v are boxes, one behind the other
-                ptx.sts_zero16(sStage + box * BOX + i * 16)
-        self.prepare_sync()
+        """Rows behind the sequence's end hold the next one's tokens: zero them, so that not even a NaN gets in."""
+        for j in cutlass.range_constexpr(C * 8 // 128):  # 8 pieces of 16 bytes in a row of a box
+            piece = thread + 128 * j
+            if piece >= valid * 8:
+                for box in cutlass.range_constexpr(self.at_t // BOX):  # k, q, g and v are boxes, one behind the other
+                    ptx.sts_zero16(sStage + box * BOX + piece * 16)
+        self.prepare_sync(TAIL_BAR)
 
     def gate(self, g: Float32, slope: Float32, bias: Float32, lam: Float32) -> Float32:
         """log2 of the decay. safe: lower_bound * sigmoid(exp(A_log) (g + dt_bias)); log: g itself."""
@@ -477,9 +484,9 @@ class KdaFwdSm90:
         return lam * g
 
     def log_decay(self, sStage: Int32, scratch: Int32, slope, lam, lower, sub: Int32, half: Int32, lane: Int32):
-        """G[kk][nt]: log2 decay summed over tokens of the block, as accumulator tiles of 16 tokens x 8 channels 16 kk + 8 nt.
+        """G[kk][nt]: log2 decay summed over the tokens of the block: accumulator tiles, 16 tokens x 8 channels each.
 
-        The sum is a product with a triangle of ones; g goes in as bf16 high + low parts (16 bits: 2^-17 of a token's decay).
+        The sum is a product with a triangle of ones; the decay goes in as bf16 high and low parts, 16 bits together.
         """
         row, col = lane // 4, lane % 4 * 2
         sG = sStage + AT_G + half * (self.g_boxes // 2 * BOX)
@@ -566,7 +573,7 @@ class KdaFwdSm90:
     def take(self, at: Int32, stride: int, X, half: Int32):
         """The sum of X and of what the other warp gave."""
         at = at + (1 - half) * stride
-        return [[x + y for x, y in zip(X[nt], ptx.lds_f32x4(at + nt * 512))] for nt in range(2)]
+        return [[x + y for x, y in zip(X[nt], ptx.lds_f32x4(at + nt * 512), strict=True)] for nt in range(2)]
 
     @cute.jit
     def store_a(self, A, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], system: Int32, lane: Int32):
@@ -601,14 +608,14 @@ class KdaFwdSm90:
 
     @cute.jit
     def invert(
-        self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, ready, a_full, a_empty,
+        self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, ready, a_full, a_empty,
         beta: Int64, cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
         """Two warps, every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
 
         The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
-        multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor cores, in
-        bf16 high and low parts.
+        multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor
+        cores, in bf16 high and low parts.
         """
         lane = cute.arch.lane_idx()
         system = sSystems + which * SYSTEM
@@ -623,6 +630,9 @@ class KdaFwdSm90:
                 b_i = Float32(0.0)
                 if c * C + lane < tokens:
                     b_i = self.beta(beta, beta_at + Int64(c * C + lane) * H, flags)
+                cute.arch.mbarrier_wait(
+                    raw_full + stage, ((n + c) // self.stages) & 1
+                )  # so that the stage's tables are ours
                 cute.arch.mbarrier_wait(a_full + which, ((n + c) // SYSTEMS) & 1)
                 at = system + SQUARES + lane * 4
                 rk = self.inverse_norm(ptx.lds_f32(at) + ptx.lds_f32(at + 2 * C * 4), flags)
@@ -714,12 +724,15 @@ class KdaFwdSm90:
         o_tma, tO, mO, initial_state: Int64, final_state: Int64, cu_seqlens: Int64, flags: Int32,
         items: Int32, H: Int32, T: Int32,
     ):  # fmt: skip
-        """A warpgroup holds 64 value rows of S as accumulators: lane row v, channel pairs; everything is transposed, tokens along N."""
+        """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens."""
         S = self.stages
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
         row, col = lane // 4, lane % 4 * 2
         v0 = wg * 64 + warp * 16 + row
+
+        def operand_a(mma, k):
+            return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
 
         def operand_b(mma, t):
             return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(t))
@@ -736,8 +749,7 @@ class KdaFwdSm90:
         acc_s = fragment(mma_s, D)
         acc_ro = fragment(mma_ks, 2 * C)  # tokens 0-31: Kd S^T, 32-63: Qd S^T
         acc_u, acc_o = fragment(mma_tm, C), fragment(mma_tm, C)
-        frag = lambda mma, k: mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))  # noqa: E731
-        fS, fU = frag(mma_ks, D), frag(mma_tm, C)
+        fS, fU = operand_a(mma_ks, D), operand_a(mma_tm, C)
 
         sO = self.staged(out, BFloat16, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
         o_row = out.toint() + wg * (2 * BOX)
@@ -751,10 +763,7 @@ class KdaFwdSm90:
             h = item % H
             chunks = cute.ceil_div(tokens, C)
             self.load_state(acc_s, initial_state, item, v0, col, flags)
-            gO = cute.local_tile(cute.domain_offset((start, 0), tO[None, None, h, b]), (C, 64), (None, None))
-            sO_, gO_ = cpasync.tma_partition(
-                o_tma, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2)
-            )
+            sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 cute.arch.mbarrier_wait(ready + stage, phase)
                 self.to_operand(acc_s, fS)
@@ -818,9 +827,7 @@ class KdaFwdSm90:
                 warpgroup.wait_group(0)
                 if c == chunks - 1:
                     self.scale_channels(acc_s, decay_at + D * 4)  # S 2^-f -> S
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(empty + stage)
+                cute.arch.mbarrier_arrive(empty + stage)
                 stage += 1
                 if stage == S:
                     stage = Int32(0)
@@ -879,8 +886,8 @@ class KdaFwdSm90:
                     self.copy_state(acc, self.state_tile(Float32, address, item, v0, col, False), False)
 
     def state_tile(self, dtype, address: Int64, item: Int32, v0: Int32, col: Int32, v_first: bool) -> cute.Tensor:
-        """A lane's elements of one state in global memory, in the accumulators' order. The strides are constants, so that 64
-        addresses are one register."""
+        """A lane's elements of one state in global memory, in the accumulators' order. Constant strides: one register
+        holds all 64 addresses."""
         sv, sk = (D, 1) if v_first else (1, D)
         offset = Int64(item) * (D * D) + Int64(v0 * sv + col * sk)
         ptr = cute.make_ptr(dtype, address + offset * (dtype.width // 8), cute.AddressSpace.gmem)
@@ -911,7 +918,7 @@ class KdaFwdSm90:
 
 
 def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
-    """Compiles one configuration for any shape; needs no GPU. The result takes torch tensors and torch's current stream."""
+    """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     sym = cute.sym_int
     B, T, H = sym(), sym(), sym()
 

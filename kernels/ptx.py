@@ -1,8 +1,9 @@
 """The PTX instructions that the kernels use by name: one function each, registers in, registers out.
 
-Fragments of warp-level products (mma.m16n8k16) are plain Python tuples of registers, so that they never go through local memory.
-Lane l of a warp has row = l // 4 and column pair = 2 * (l % 4); a 16 x 16 operand A holds (row, cols), (row + 8, cols),
-(row, cols + 8), (row + 8, cols + 8), an accumulator 16 x 8 holds (row, col), (row, col + 1), (row + 8, col), (row + 8, col + 1).
+Fragments of warp-level products (mma.m16n8k16) are plain tuples of registers, so that they never go through local
+memory. Lane l of a warp has row = l // 4 and column pair = 2 * (l % 4); a 16 x 16 operand A holds (row, cols),
+(row + 8, cols), (row, cols + 8), (row + 8, cols + 8), an accumulator 16 x 8 holds (row, col), (row, col + 1),
+(row + 8, col), (row + 8, col + 1).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _asm(text: str, results: Sequence, args: Sequence, constraints: str, effects
         return results[0](out)
     return tuple(
         t(llvm.extractvalue(mt, out, ir.DenseI64ArrayAttr.get([i]), loc=loc, ip=ip))
-        for i, (t, mt) in enumerate(zip(results, types))
+        for i, (t, mt) in enumerate(zip(results, types, strict=True))
     )
 
 
@@ -59,7 +60,8 @@ def stmatrix_x4(address: Int32, r: U4, *, trans: bool = False, loc=None, ip=None
 def mma_bf16(a: U4, b0: Uint32, b1: Uint32, c: F4, *, loc=None, ip=None) -> F4:
     """c + a b: 16 x 16 times 16 x 8, bf16 operands, fp32 accumulators."""
     return _asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
         [Float32] * 4, [*a, b0, b1, *c], "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", False, loc, ip,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What `make sanitize` runs under compute-sanitizer: every compiled configuration on the shapes where kernels go wrong.
 
-Chunks that are full, partial and absent, more sequences than stages, every state layout and dtype. Small: racecheck slows a
-kernel down a thousandfold. Prints one line a call, and fails when a result is wrong.
+Chunks that are full, partial and absent, more sequences than stages, every state layout and dtype. Small: racecheck
+slows a kernel down a thousandfold. Prints one line a call, and fails when a result is wrong.
 """
 
 from __future__ import annotations
