@@ -74,7 +74,10 @@ TOTAL = EXCHANGE + 4096  # fp32 [2, 128]: log2 decay of each block
 OFFSET = TOTAL + 2 * D * 4  # fp32 [2, 128]: G of each block's start against its anchor
 SHIFT = OFFSET + 2 * D * 4  # bf16 [5, 128]: 2^p0, 2^p1, 2^(a - p0), 2^(a - p1), 2^(p1 - p0)
 BIAS = SHIFT + 5 * D * 2  # fp32 [128]
-SCRATCH = BIAS + D * 4
+REST = (
+    BIAS + D * 4
+)  # fp32 [128]: f, left by the integer anchor of the last chunk's end (not a register: they are scarce)
+SCRATCH = REST + D * 4
 
 
 class KdaFwdSm90:
@@ -333,7 +336,7 @@ class KdaFwdSm90:
                     bias = slope * self.global_f32(dt_bias, Int64(h * D + thread))
                 ptx.sts_f32(scratch + BIAS + thread * 4, bias)
                 self.prepare_sync(HEAD_BAR)
-            f = Float32(0.0)  # of channel `thread`: what the integer anchor of the last chunk's end left
+            ptx.sts_f32(scratch + REST + thread * 4, Float32(0.0))
 
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 valid = cutlass.min(tokens - c * C, C)
@@ -353,7 +356,7 @@ class KdaFwdSm90:
                             at = scratch + TOTAL + (sub * D + channel + 16 * kk + 8 * nt) * 4
                             ptx.sts_f32x2(at, G[kk][nt][2], G[kk][nt][3])
                 self.prepare_sync(TOTALS_BAR)
-                f = self.anchors(f, thread, scratch, sTables + stage * TABLES)
+                self.anchors(thread, scratch, sTables + stage * TABLES)
                 self.prepare_sync(ANCHORS_BAR)
 
                 tile_kq = sStage + half * (2 * BOX) + tile_row
@@ -517,8 +520,9 @@ class KdaFwdSm90:
             G.append(tiles)
         return G
 
-    def anchors(self, f: Float32, channel: Int32, scratch: Int32, tables: Int32) -> Float32:
-        """Anchors p0, p1 of the blocks and a of the chunk's end, one channel a thread; returns the next chunk's f."""
+    def anchors(self, channel: Int32, scratch: Int32, tables: Int32) -> None:
+        """Anchors p0, p1 of the blocks and a of the chunk's end, one channel a thread."""
+        f = ptx.lds_f32(scratch + REST + channel * 4)
         t0, t1 = ptx.lds_f32(scratch + TOTAL + channel * 4), ptx.lds_f32(scratch + TOTAL + (D + channel) * 4)
         p0 = ptx.round_even(ptx.fma(t0, Float32(0.5), f))
         g1 = f + t0
@@ -532,7 +536,7 @@ class KdaFwdSm90:
             ptx.sts_bf16(scratch + SHIFT + (i * D + channel) * 2, ptx.pack_bf16(x, x))
         ptx.sts_f32(tables + DECAY + channel * 4, ptx.ex2(a))
         ptx.sts_f32(tables + DECAY + (D + channel) * 4, ptx.ex2(end - a))
-        return end - a
+        ptx.sts_f32(scratch + REST + channel * 4, end - a)
 
     def decayed(self, k, q, G, sOffset: Int32, k2, q2):
         """k 2^(G - p), q 2^(G - p), k 2^(p - G) of 16 tokens x 16 channels, and the running |k|^2, |q|^2."""
