@@ -63,9 +63,7 @@ NORM = 2 * D * 4  # fp32 [2, 32]: 1 / |k_i|, scale / |q_i|
 TABLES = NORM + 2 * C * 4
 # The linear systems on their way from `prepare` to `invert`.
 SYSTEMS = 2  # one for each warp of `invert`
-A_ROW = (
-    C + 4
-) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words of padding against bank conflicts
+A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
 SQUARES = C * A_ROW  # fp32 [2, 2, 32]: half sums of |k_i|^2, |q_i|^2
 SYSTEM = SQUARES + 4 * C * 4
 # Scratch of `prepare`.
@@ -75,9 +73,7 @@ TOTAL = EXCHANGE + 4096  # fp32 [2, 128]: log2 decay of each block
 OFFSET = TOTAL + 2 * D * 4  # fp32 [2, 128]: G of each block's start against its anchor
 SHIFT = OFFSET + 2 * D * 4  # bf16 [5, 128]: 2^p0, 2^p1, 2^(a - p0), 2^(a - p1), 2^(p1 - p0)
 BIAS = SHIFT + 5 * D * 2  # fp32 [128]
-REST = (
-    BIAS + D * 4
-)  # fp32 [128]: f, left by the integer anchor of the last chunk's end (not a register: they are scarce)
+REST = BIAS + D * 4  # fp32 [128]: f, left by the integer anchor of the last chunk's end; registers are scarcer
 SCRATCH = REST + D * 4
 
 
