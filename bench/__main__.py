@@ -16,7 +16,7 @@ os.environ.setdefault("FLA_FLASH_KDA", "0")  # fla's own Triton kernels, not a b
 
 import torch  # noqa: E402
 
-from .cases import SUITES, Case, make_inputs  # noqa: E402
+from .cases import LOWER_BOUND, SUITES, Case, make_inputs  # noqa: E402
 from .impls import IMPLS, version  # noqa: E402
 from .timing import copy_bandwidth, graph_times, host_time  # noqa: E402
 
@@ -93,7 +93,7 @@ def error(case: Case, x, o: torch.Tensor) -> float:
     expected, _ = chunk_kda(
         q, k, v, g, beta, initial_state=x.state[:1, :h], A_log=x.A_log[:h], dt_bias=x.dt_bias[:h],
         use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True,
-        lower_bound=-5.0, state_v_first=True, backend="reference",
+        lower_bound=LOWER_BOUND, state_v_first=True, backend="reference",
     )  # fmt: skip
     return ((o[:, :t, :h] - expected).norm() / expected.norm()).item()
 

@@ -194,9 +194,7 @@ def _load_or_compile(config: Any, arch: str) -> Callable[..., Any]:
 
 def _find_or_make(config: Any, arch: str, use: Callable[[dict, bytes], T]) -> T:
     digest = key(config, arch)
-    symbol = (
-        f"kda_{digest[:32]}"  # the key in the name: a library that is not the one asked for cannot be called by mistake
-    )
+    symbol = f"kda_{digest[:32]}"  # holds the key: a library that is not the one asked for cannot be called
     root = cache.directory()
     if root is None or not cache.prepare(root):
         return use(*_compile(config, arch, symbol))

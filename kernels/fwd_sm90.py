@@ -445,7 +445,8 @@ class KdaFwdSm90:
 
     @cute.jit
     def meet(self, met, phase: Int32, lane: Int32, items: Int32):
-        """As prepare_sync, where only some lanes have written."""
+        """As prepare_sync, where only some lanes of a warp have written: there racecheck reported hazards at named
+        barriers, before waits kept warps together (see wait)."""
         cute.arch.mbarrier_arrive(met)
         self.wait(met, phase, lane, items)
 
@@ -648,9 +649,8 @@ class KdaFwdSm90:
                 b_i = Float32(0.0)
                 if c * C + lane < tokens:
                     b_i = self.beta(beta, beta_at + Int64(c * C + lane) * H, flags)
-                cute.arch.mbarrier_wait(
-                    raw_full + stage, ((n + c) // self.stages) & 1
-                )  # so that the stage's tables are ours
+                # what makes the stage's tables ours: `state` has left them, the loads have come
+                cute.arch.mbarrier_wait(raw_full + stage, ((n + c) // self.stages) & 1)
                 cute.arch.mbarrier_wait(a_full + which, ((n + c) // SYSTEMS) & 1)
                 at = system + SQUARES + lane * 4
                 rk = self.inverse_norm(ptx.lds_f32(at) + ptx.lds_f32(at + 2 * C * 4), flags)
