@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
 MINUTES ?= 10
 
-.PHONY: demo test gpu-test sanitize fuzz lint format types inspect doctor clean
+.PHONY: demo test gpu-test sanitize bench fuzz lint format types inspect doctor clean
 
 demo: $(STAMP)  ## KDA at Kimi Linear's shapes: on a Hopper GPU, else smaller on the CPU
 	$(BIN)/python -m kda_cute demo
@@ -21,6 +21,11 @@ sanitize: $(STAMP)  ## compute-sanitizer's four tools over every configuration; 
 	$(BIN)/python -m kda_cute warmup
 	for tool in memcheck racecheck synccheck initcheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.gpu.sanitize || exit 1; done
+
+bench: $(STAMP)  ## kda-cute beside its peers; needs a Hopper GPU. ARGS="--suite gates --out build/bench" for another suite
+	$(BIN)/python -m bench --check
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m bench $(ARGS)
 
 fuzz: $(STAMP)  ## random examples for MINUTES=10; failing ones are kept and replayed by `make test`
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)

@@ -1,6 +1,7 @@
-"""`python -m bench --suite headline`: kda-cute beside every peer that is installed, same tensors, one process.
+"""`python -m bench`: kda-cute beside every peer that is installed, same tensors, one process. Needs a Hopper GPU.
 
-Prints a Markdown table and, with --json FILE, writes the rows. Needs a Hopper GPU.
+Prints Markdown at the end; with --out DIR it writes DIR/SUITE.json after each case. `python -m bench.report` makes the
+README's table from that, `python -m bench.plot` the pictures.
 """
 
 from __future__ import annotations
@@ -11,96 +12,125 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-os.environ.setdefault("FLA_FLASH_KDA", "0")  # fla's own Triton kernels, not a backend of it
+import torch
 
-import torch  # noqa: E402
-
-from .cases import LOWER_BOUND, SUITES, Case, make_inputs  # noqa: E402
-from .impls import IMPLS, version  # noqa: E402
-from .timing import copy_bandwidth, graph_times, host_time  # noqa: E402
+from . import report
+from .cases import SUITES, Case
+from .impls import IMPLS, installed
+from .measure import DeviceLost, measure, profile
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, action="append", help="default: headline")
-    parser.add_argument("--impl", choices=IMPLS, action="append", help="default: all that import")
-    parser.add_argument("--json", metavar="FILE")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--suite", choices=SUITES, action="append", help="may be given more than once; default: headline"
+    )
+    parser.add_argument(
+        "--impl", choices=IMPLS, action="append", help="may be given more than once; default: all found"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write DIR/SUITE.json")
+    parser.add_argument("--budget", metavar="SECONDS", type=float, help="start no new case after so long")
+    parser.add_argument("--commit", help="what the rows say, where this is a copy without .git")
+    parser.add_argument("--check", action="store_true", help="only say whether the benchmark can run here")
     options = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        print("the benchmark needs a Hopper GPU (H100, H200) and a CUDA build of torch", file=sys.stderr)
-        return 1
-    bandwidth = copy_bandwidth()
-    gpu = torch.cuda.get_device_name()
-    print(f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}, device copy {bandwidth / 1e12:.2f} TB/s\n")
-    print("| case | implementation | GPU us (quartiles) | x floor | host us | first call s | o against fp64 |")
-    print("|---|---|---|---|---|---|---|")
-    rows = []
-    for suite in options.suite or ["headline"]:
-        for case in SUITES[suite]:
-            rows += run(suite, case, options.impl or list(IMPLS), bandwidth, gpu)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
-    return 0
-
-
-def run(suite: str, case: Case, impls: list[str], bandwidth: float, gpu: str) -> list[dict]:
-    inputs = make_inputs(case)
-    floor_us = case.floor_bytes / bandwidth * 1e6
-    calls, first_s, refused = {}, {}, {}
-    for name in impls:
-        try:
-            calls[name] = IMPLS[name][0](inputs)
-            start = time.perf_counter()
-            calls[name]()
-            torch.cuda.synchronize()
-            first_s[name] = time.perf_counter() - start
-        except Exception as e:  # a peer that is absent or refuses the case is a row of its own
-            calls.pop(name, None)
-            refused[name] = f"{type(e).__name__}: {e}".splitlines()[0]
-    times = graph_times(calls)
-    rows = []
-    for name in impls:
-        row = dict(
-            suite=suite, case=case.name, T=case.T, N=case.N, H=case.H, gate=case.gate, impl=name,
-            version=version(IMPLS[name][1]), gpu=gpu, commit=commit(), floor_us=floor_us,
-        )  # fmt: skip
-        rows.append(row)
-        if name in refused:
-            row["refused"] = refused[name]
-            print(f"| {case.name} | {name} | {refused[name]} | | | | |", flush=True)
-            continue
-        lower, median, upper = times[name]
-        row.update(
-            graph_us=median, graph_us_quartiles=(lower, upper), first_s=first_s[name],
-            host_us=host_time(calls[name]), err_o=error(case, inputs, calls[name]()[0]),
-        )  # fmt: skip
         print(
-            f"| {case.name} | {name} | {median:.0f} ({lower:.0f}-{upper:.0f}) | {median / floor_us:.2f} | "
-            f"{row['host_us']:.0f} | {row['first_s']:.1f} | {row['err_o']:.1e} |",
-            flush=True,
+            f"the benchmark needs a Hopper GPU (H100, H200) and a CUDA build of torch; here: {_found()}.\n"
+            f"Peers that are installed are measured too: pip install '.[bench]' brings fla and cuDNN's.",
+            file=sys.stderr,
         )
-    return rows
+        return 1
+    if options.check:
+        return 0
+    return run(options)
 
 
-def error(case: Case, x, o: torch.Tensor) -> float:
-    """Relative Frobenius error of o against fp64, on the first sequence's first 1024 tokens and 2 heads."""
-    from kda_cute import chunk_kda
+def run(options: argparse.Namespace) -> int:
+    from kda_cute.demo import copy_bandwidth
 
-    t, h = min(case.lengths[0], 1024), 2
-    q, k, v, g, beta = (y[:, :t, :h].double() for y in (x.q, x.k, x.v, x.g, x.beta))
-    expected, _ = chunk_kda(
-        q, k, v, g, beta, initial_state=x.state[:1, :h], A_log=x.A_log[:h], dt_bias=x.dt_bias[:h],
-        use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True,
-        lower_bound=LOWER_BOUND, state_v_first=True, backend="reference",
+    started = time.monotonic()
+    impls = options.impl or installed()
+    common = dict(
+        gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda,
+        commit=options.commit or commit(), copy_gb_s=copy_bandwidth(torch.device("cuda")) / 1e9,
     )  # fmt: skip
-    return ((o[:, :t, :h] - expected).norm() / expected.norm()).item()
+    print(
+        f"{common['gpu']}, torch {common['torch']}, CUDA {common['cuda']}, commit {common['commit']}, "
+        f"device copy {common['copy_gb_s']:.0f} GB/s"
+    )
+    for name in impls:
+        print(f"- {IMPLS[name].label}" + (f" is given {IMPLS[name].given}" if IMPLS[name].given else ""))
+    for name in IMPLS:
+        if not options.impl and name not in impls:
+            print(f"- not installed: {IMPLS[name].label}", flush=True)
+
+    done: list[tuple[str, Case, list[report.Row]]] = []
+    left_out = []
+    lost = None
+    for suite in dict.fromkeys(options.suite or ["headline"]):
+        for case in SUITES[suite]:
+            if lost or (options.budget is not None and time.monotonic() - started > options.budget):
+                left_out.append(f"{suite}: {case.name}")
+                continue
+            try:
+                rows = measure(case, impls, bool(options.impl), dict(suite=suite, **common))
+            except DeviceLost as e:
+                lost = f"{suite}: {case.name}: {e}"
+                continue
+            print(f"{case.name}: {', '.join(map(report.short, rows))}", file=sys.stderr, flush=True)
+            done.append((suite, case, rows))
+            _write(options.out, suite, done)
+    if not lost:
+        try:
+            for suite, case, rows in done:
+                profile(case, rows)
+                _write(options.out, suite, done)
+        except DeviceLost as e:
+            lost = f"profiler: {e}"
+
+    everything = [row for _, _, rows in done for row in rows]
+    if everything:
+        print(f"\n{report.table(everything)}\n\n{report.summaries(everything)}")
+    if left_out:
+        print("\nLeft out: " + "; ".join(left_out))
+    if lost:
+        print(f"\nThe GPU's context was lost, the rest cannot run in this process. {lost}", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def _write(out: Path | None, suite: str, done: list[tuple[str, Case, list[report.Row]]]) -> None:
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [row for name, _, rows in done if name == suite for row in rows]
+    part = out / f"{suite}.json.part"
+    part.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    os.replace(part, out / f"{suite}.json")  # whoever stops this leaves a whole file
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    here = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = git("status", "--porcelain", "--", "kda_cute", "kernels", "reference", "bench/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def _found() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__}, built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__}, which finds no GPU"
+    return torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":

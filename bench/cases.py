@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,11 +47,13 @@ class Case:
 
 
 SUITES = {
-    "headline": [Case(lengths, H) for lengths in ((8192,), RAGGED, (1024,) * 8) for H in (96, 64)],
-    "end-to-end": [Case((8192,), 96), Case((1024,) * 8, 96)],
-    "gates": [Case((8192,), 96, gate) for gate in ("prod", "weak", "mixed")],
-    "few-heads": [Case((8192,), H) for H in (8, 16, 32)],
+    "headline": [Case(lengths, H) for lengths in ((8192,), RAGGED, (1024,) * 8) for H in (96, 64)],  # FlashKDA's
+    "few-heads": [*(Case((8192,), H) for H in (8, 16, 32)), Case((2048,), 12)],
+    "long-context": [*(Case((65536,), H) for H in (8, 16)), Case((262144,), 4)],
     "short": [Case((128,) * 64, 32), Case((32,) * 256, 32), Case((8,) * 1024, 32)],
+    "decode": [Case((1,) * 256, 32), Case((4,) * 64, 32), Case((16,) * 64, 32)],
+    "tokens": [Case((T,), 16) for T in (1024, 4096, 16384)],  # with 8192 and 65536 above, time against T
+    "gates": [Case((8192,), H, gate) for H in (96, 16) for gate in ("prod", "weak", "mixed")],
 }
 
 
@@ -67,17 +70,18 @@ class Inputs:
     cu_seqlens: torch.Tensor | None
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    torch.manual_seed(seed)
-    T, H, cuda = case.T, case.H, {"device": "cuda"}
-    q, k = (torch.nn.functional.normalize(torch.randn(1, T, H, D, **cuda), dim=-1).bfloat16() for _ in range(2))
-    v, g = (torch.randn(1, T, H, D, **cuda).bfloat16() for _ in range(2))
-    beta = torch.randn(1, T, H, **cuda).bfloat16()
-    A_log, dt_bias = torch.rand(H, **cuda), torch.rand(H, D, **cuda)
-    if case.gate == "weak":
+def make_inputs(case: Case, seed: int = 0, device: str = "cuda") -> Inputs:
+    # A generator of its own: a capture that fails leaves the default one unusable.
+    on: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
+    T, H = case.T, case.H
+    q, k = (torch.nn.functional.normalize(torch.randn(1, T, H, D, **on), dim=-1).bfloat16() for _ in range(2))
+    v, g = (torch.randn(1, T, H, D, **on).bfloat16() for _ in range(2))
+    beta = torch.randn(1, T, H, **on).bfloat16()
+    A_log, dt_bias = torch.rand(H, **on), torch.rand(H, D, **on)
+    if case.gate == "weak":  # a token keeps 99.8 %
         A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, -8)
-    elif case.gate == "mixed":
+    elif case.gate == "mixed":  # some channels forget in a token, some remember thousands
         A_log, dt_bias = torch.zeros_like(A_log), dt_bias * 12 - 10
-    state = torch.randn(case.N, H, D, D, **cuda)
-    cu = torch.tensor((0, *case.lengths), **cuda).cumsum(0) if case.N > 1 else None
+    state = torch.randn(case.N, H, D, D, **on)
+    cu = torch.tensor((0, *case.lengths), device=device).cumsum(0) if case.N > 1 else None
     return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu)

@@ -1,15 +1,24 @@
-"""The implementations. Each takes the inputs and returns a call without arguments -> (o, final state)."""
+"""The implementations. Each takes the inputs and returns a call without arguments -> (o, final state).
+
+What an implementation is given is made here, before the clock starts; what the call itself allocates is its own time.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .cases import LOWER_BOUND, Inputs
+from .cases import LOWER_BOUND, D, Inputs
 
-Call = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+Results = tuple[torch.Tensor, torch.Tensor | None]
+Call = Callable[[], Results]
 
 
 def kda_cute(x: Inputs) -> Call:
@@ -19,13 +28,72 @@ def kda_cute(x: Inputs) -> Call:
     return lambda: chunk_kda(out=o, final_state=final_state, state_v_first=True, **_arguments(x))
 
 
+def reference(x: Inputs) -> Call:
+    from kda_cute import chunk_kda
+
+    def call() -> Results:
+        with torch.no_grad():
+            return chunk_kda(output_final_state=True, state_v_first=True, backend="reference", **_arguments(x))
+
+    return call
+
+
 def fla(x: Inputs) -> Call:
-    """flash-linear-attention's Triton kernels: its backends are switched off by the environment (see __main__)."""
+    os.environ["FLA_FLASH_KDA"] = "0"  # its own Triton kernels, not FlashKDA where that is installed
     from fla.ops.kda import chunk_kda
 
-    def call() -> tuple[torch.Tensor, torch.Tensor]:
+    def call() -> Results:
         with torch.inference_mode():
             return chunk_kda(output_final_state=True, state_v_first=True, **_arguments(x))
+
+    return call
+
+
+def fla_gdn(x: Inputs) -> Call:
+    """Gated DeltaNet: one decay a head and token. It gets the mean of KDA's, so that it forgets as fast."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    g = _log_decay(x).mean(-1)
+
+    def call() -> Results:
+        with torch.inference_mode():
+            return chunk_gated_delta_rule(
+                x.q, x.k, x.v, g, x.beta, initial_state=x.state, output_final_state=True, state_v_first=True,
+                use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, cu_seqlens=x.cu_seqlens,
+            )  # fmt: skip
+
+    return call
+
+
+def kda_hopper_cuda(x: Inputs) -> Call:
+    """cuDNN's fused CUDA kernel. bf16 g and beta, or int64 cu_seqlens, would be converted inside the call."""
+    return _cudnn(
+        "kda_hopper_cuda", x, x.q, x.k, x.g.float(), x.beta.float(), use_qk_l2norm_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True, safe_gate=True, gate_lower_bound=LOWER_BOUND, a_log=x.A_log, dt_bias=x.dt_bias,
+    )  # fmt: skip
+
+
+def kda_hopper(x: Inputs) -> Call:
+    """cuDNN's CuTe DSL kernel refuses the gate, the norm and the sigmoid: it gets what they make."""
+    from kda_cute.reference.transforms import l2norm
+
+    q, k = (l2norm(y.float()).bfloat16() for y in (x.q, x.k))
+    return _cudnn("kda_hopper", x, q, k, _log_decay(x), x.beta.float().sigmoid())
+
+
+def _cudnn(
+    plan: str, x: Inputs, q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **flags: Any
+) -> Call:
+    from cudnn.linear_attention.ops import kimi_delta_attention
+
+    cu = torch.tensor([0, x.q.shape[1]], device=x.q.device) if x.cu_seqlens is None else x.cu_seqlens
+    tensors = (q[0], k[0], x.v[0], g[0], beta[0], cu.int())
+
+    def call() -> Results:
+        with torch.no_grad():
+            return kimi_delta_attention(
+                *tensors, scale=D**-0.5, initial_state=x.state, output_final_state=True, plan_name=plan, **flags
+            )
 
     return call
 
@@ -35,28 +103,16 @@ def flash_kda(x: Inputs) -> Call:
 
     o, final_state = torch.empty_like(x.v), torch.empty_like(x.state)
 
-    def call() -> tuple[torch.Tensor, torch.Tensor]:
+    def call() -> Results:
         fwd(
-            x.q,
-            x.k,
-            x.v,
-            x.g,
-            x.beta,
-            x.q.shape[-1] ** -0.5,
-            o,
-            x.A_log,
-            x.dt_bias,
-            LOWER_BOUND,
-            x.state,
-            final_state,
-            x.cu_seqlens,
-        )
+            x.q, x.k, x.v, x.g, x.beta, D**-0.5, o, x.A_log, x.dt_bias, LOWER_BOUND, x.state, final_state, x.cu_seqlens
+        )  # fmt: skip
         return o, final_state
 
     return call
 
 
-def _arguments(x: Inputs) -> dict:
+def _arguments(x: Inputs) -> dict[str, Any]:
     return dict(
         q=x.q, k=x.k, v=x.v, g=x.g, beta=x.beta, A_log=x.A_log, dt_bias=x.dt_bias, initial_state=x.state,
         cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
@@ -64,16 +120,56 @@ def _arguments(x: Inputs) -> dict:
     )  # fmt: skip
 
 
-# name -> (the function, the distribution whose version is reported)
+def _log_decay(x: Inputs) -> torch.Tensor:
+    from kda_cute.reference.transforms import safe_gate
+
+    return safe_gate(x.g.float(), x.A_log, x.dt_bias, LOWER_BOUND)
+
+
+@dataclass(frozen=True)
+class Impl:
+    make: Callable[[Inputs], Call]
+    label: str
+    module: str  # what has to be importable
+    distribution: str  # whose version is reported
+    peer: bool = True  # the same operation, made by others: may be the best peer
+    checked: bool = True  # the same operation: its o is compared with fp64
+    given: str = ""  # where not the tensors that the others get
+    no_graph: str = ""  # why a CUDA graph cannot hold it
+
+
+CUDNN = "nvidia-cudnn-frontend"
 IMPLS = {
-    "kda-cute": (kda_cute, "kda-cute"),
-    "fla": (fla, "flash-linear-attention"),
-    "flash_kda": (flash_kda, "flash_kda"),
-}
+    "kda-cute": Impl(kda_cute, "kda-cute", "kda_cute", "kda-cute", peer=False),
+    "fla": Impl(fla, "fla chunk_kda (Triton)", "fla", "fla-core"),
+    "kda_hopper_cuda": Impl(
+        kda_hopper_cuda, "cuDNN kda_hopper_cuda", "cudnn", CUDNN, given="g and beta in fp32, its native form"
+    ),
+    "kda_hopper": Impl(
+        kda_hopper, "cuDNN kda_hopper", "cudnn", CUDNN,
+        given="normalised q and k, log decay and step size in fp32: it fuses neither gate, norm nor sigmoid",
+    ),
+    "flash_kda": Impl(flash_kda, "FlashKDA", "flash_kda", "flash_kda"),
+    "fla-gdn": Impl(
+        fla_gdn, "fla GDN (scalar gate)", "fla", "fla-core", peer=False, checked=False,
+        given="one log decay a head and token: another, smaller operation",
+    ),
+    "reference": Impl(
+        reference, "reference (torch)", "kda_cute", "kda-cute", peer=False, no_graph="it plans its chunks on the host"
+    ),
+}  # fmt: skip
 
 
-def version(distribution: str) -> str:
+def installed() -> list[str]:
+    return [name for name, impl in IMPLS.items() if importlib.util.find_spec(impl.module)]
+
+
+def version(impl: Impl) -> str:
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"
+        return importlib.metadata.version(impl.distribution)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        pass
+    try:
+        return getattr(importlib.import_module(impl.module), "__version__", "unknown")
+    except ImportError:
+        return "not installed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -17,13 +18,8 @@ from .kernels.config import (
     NEG_EIGVAL,
     STATE_V_FIRST,
     KdaFwdConfig,
+    v_split,
 )
-
-_CONFIGS = {
-    (g_dtype, in_kernel): KdaFwdConfig("bf16" if g_dtype is torch.bfloat16 else "fp32", "safe" if in_kernel else "log")
-    for g_dtype in (torch.bfloat16, torch.float32)
-    for in_kernel in (False, True)
-}
 
 
 @functools.cache
@@ -31,33 +27,35 @@ def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def forward(
+def prepare(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
-    *,
-    scale: float,
-    o: torch.Tensor,
     initial_state: torch.Tensor | None,
     final_state: torch.Tensor | None,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    scale: float,
     lower_bound: float | None,
     use_qk_l2norm_in_kernel: bool,
     use_gate_in_kernel: bool,
     use_beta_sigmoid_in_kernel: bool,
     allow_neg_eigval: bool,
     state_v_first: bool,
-    cu_seqlens: torch.Tensor | None,
-) -> None:
-    """One launch; writes o and final_state. Everything is validated, on one Hopper GPU, and not empty (ops.py)."""
-    kernel = jit.load(_CONFIGS[g.dtype, use_gate_in_kernel])
+) -> Callable[..., bool]:
+    """The launch for all calls with the shapes, dtypes, device and flags of this one, which is validated and not empty.
+
+    launch(q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens) writes o and final_state. It
+    returns False and launches nothing if an address is not a multiple of 16 bytes.
+    """
+    device = q.get_device()
+    sms = _sm_count(device)
+    B, T, H, _ = g.shape
+    n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    split = v_split(B * T, n, H, sms)
+    kernel = jit.load(
+        KdaFwdConfig("bf16" if g.dtype is torch.bfloat16 else "fp32", "safe" if use_gate_in_kernel else "log", split)
+    )
     flags = (
         L2NORM * use_qk_l2norm_in_kernel
         | BETA_SIGMOID * use_beta_sigmoid_in_kernel
@@ -68,14 +66,35 @@ def forward(
         | FINAL_BF16 * (final_state is not None and final_state.dtype is torch.bfloat16)
         | CU_INT64 * (cu_seqlens is not None and cu_seqlens.dtype is torch.int64)
     )
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    device = q.get_device()
-    arguments = (
-        q, k, v, g, o, beta.data_ptr(), _address(A_log), _address(dt_bias), _address(initial_state),
-        _address(final_state), _address(cu_seqlens), n, scale, lower_bound or 0.0, flags, _sm_count(device),
-    )  # fmt: skip
-    if device == torch.cuda.current_device():
-        kernel(*arguments)
-    else:
-        with torch.cuda.device(device):
+    numbers = (n, scale, lower_bound or 0.0, flags, sms)
+
+    def launch(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        o: torch.Tensor,
+        initial_state: torch.Tensor | None,
+        final_state: torch.Tensor | None,
+        A_log: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> bool:
+        initial = 0 if initial_state is None else initial_state.data_ptr()
+        final = 0 if final_state is None else final_state.data_ptr()
+        a_log = 0 if A_log is None else A_log.data_ptr()
+        bias = 0 if dt_bias is None else dt_bias.data_ptr()
+        cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
+        by_tma = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
+        if (by_tma | initial | final | a_log | bias) % 16:
+            return False
+        arguments = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, cuts, *numbers)
+        if device == torch.cuda.current_device():
             kernel(*arguments)
+        else:
+            with torch.cuda.device(device):
+                kernel(*arguments)
+        return True
+
+    return launch

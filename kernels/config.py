@@ -14,27 +14,55 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_
 )
 
 
+# Microseconds that a block takes for a chunk of 32 tokens of one head, by v_split; an H200, bench/NOTES.md.
+CHUNK_US = {1: 1.98, 2: 1.43}
+
+
 @dataclass(frozen=True)
 class KdaFwdConfig:
     """One compiled binary. All else (shapes, strides, cu_seqlens, l2norm, sigmoid, states, their dtypes) is run time.
 
     g_dtype: how the gate arrives in memory; it fixes the TMA descriptor and the shared-memory tile.
-    gate: "safe" computes lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) in the kernel, "log" takes g as log decay in
-        [-5, 0].
+    gate: "safe" computes lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) in the kernel, "log" takes g as log decay
+        in [-5, 0].
+    v_split: blocks that share a head, each with a slice of V. Of 2, both prepare every chunk, with two warpgroups
+        instead of one, for one warpgroup of state instead of two.
     """
 
     g_dtype: Literal["bf16", "fp32"] = "bf16"
     gate: Literal["safe", "log"] = "safe"
+    v_split: Literal[1, 2] = 1
 
     @property
     def name(self) -> str:
-        return f"kda_fwd_g{self.g_dtype}_{self.gate}"
+        return f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}"
 
     @property
     def stages(self) -> int:
-        """Chunks in flight between the loads and the state: 36 KiB each with a bf16 gate, 44 KiB with an fp32 one."""
-        return 5 if self.g_dtype == "bf16" else 4
+        """Chunks in flight between the loads and the state: as many as shared memory holds, of 36 KiB each (4 KiB less
+        with half of V, 8 KiB more with an fp32 gate)."""
+        bf16 = self.g_dtype == "bf16"
+        return (5 if bf16 else 4) if self.v_split == 1 else (6 if bf16 else 5)
+
+
+def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
+    """Whether two blocks share a head, for N sequences of T tokens in all (the single ones are not known on the host),
+    H heads and a GPU with `sms` multiprocessors: what takes less time if all sequences are equally long.
+
+    A block works at one head, or slice of one, after the other, and there is one block a multiprocessor.
+    """
+    chunks = -(-T // (32 * N))
+
+    def us(split: Literal[1, 2]) -> float:
+        return -(-N * H * split // sms) * chunks * CHUNK_US[split]
+
+    return 2 if us(2) < us(1) else 1
 
 
 def all_configs() -> list[KdaFwdConfig]:
-    return [KdaFwdConfig(g_dtype, gate) for gate in ("safe", "log") for g_dtype in ("bf16", "fp32")]
+    return [
+        KdaFwdConfig(g_dtype, gate, split)
+        for gate in ("safe", "log")
+        for g_dtype in ("bf16", "fp32")
+        for split in (1, 2)
+    ]

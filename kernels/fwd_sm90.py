@@ -1,12 +1,15 @@
 """KDA forward for Hopper: one fused, persistent, warp-specialised kernel.
 
-A thread block takes a (sequence, head) at a time and walks it in chunks of C = 32 tokens through a ring of stages in
-shared memory:
+A thread block takes a (sequence, head) at a time, or a slice of V of one, and walks it in chunks of C = 32 tokens
+through a ring of stages in shared memory. docs/kernel.md says why it is as it is.
 
-    load      one warp         TMA: q, k, v, g of a chunk -> stage
-    prepare   one warpgroup    in place: q, k, g -> Qd, Kd, Kr; M; A -> `invert`
-    invert    two warps        T = (I + A)^-1, every other chunk each
-    state     two warpgroups   S in registers, 64 value rows each: WGMMA; o -> TMA store
+    load      one warp            TMA: q, k, v, g of a chunk -> stage
+    gates     two warps           g -> gate, fp16, in place; anchors of each channel
+    prepare   pairs of warps,     q, k, gate -> Qd, Kd, Kr in place; M; A -> `invert`
+              a chunk each
+    invert    one or two warps    T = (I + A)^-1
+    state     a warpgroup for     S in registers: WGMMA; o -> TMA store
+              each 64 rows of V
 
 With S [V, K] the state before the chunk and G_i the log2 decay summed over tokens 0..i of it, the chunk is
 
@@ -16,8 +19,7 @@ With S [V, K] the state before the chunk and G_i the log2 decay summed over toke
 
 2^-G_j would overflow over 32 tokens of a gate that may lose 5 nats a token, so exponents are taken relative to an
 integer anchor p in the middle of each 16-token block (at most 58 either way), and moving from one anchor to another is
-an exact multiplication by a power of two. The state carries the fraction that an integer anchor leaves at a chunk's
-end: it is kept as S 2^-f, |f| <= 1/2.
+an exact multiplication by a power of two.
 
 The norms of q and k never touch the tiles: 1 / |k_i| multiplies rows of A and T and the product Kd S^T, scale / |q_i|
 multiplies o_i.
@@ -50,31 +52,30 @@ LOG2_E = 1.4426950408889634
 EPS = 1e-6  # of the l2 norm, as in fla
 
 C = 32  # tokens in a chunk
+SORTED = 128  # at most so many sequences are sorted by length; of more, each is a small part of the work
 SUB = 16  # tokens with one anchor: 16 * 5 nats stay inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
-# Named barriers: where `prepare` meets, one for each state warpgroup.
-HEAD_BAR, ANCHORS_BAR, TILES_BAR, OFF_DIAGONAL_BAR, STATE_BAR = 1, 2, 3, 4, 5
+# Named barriers: one for each pair of `prepare`'s warps, one for each state warpgroup.
+PAIR_BAR, STATE_BAR = 1, 5
 
 AT_KQ, AT_G = 0, 4 * BOX  # in a stage of the ring; what follows g depends on its dtype
 # Tables of a stage, in bytes from its start.
-DECAY = 0  # fp32 [2, 128]: 2^a, 2^f
-NORM = 2 * D * 4  # fp32 [2, 32]: 1 / |k_i|, scale / |q_i|
+DECAY = 0  # fp32 [128]: 2^G_C
+NORM = D * 4  # fp32 [2, 32]: 1 / |k_i|, scale / |q_i|
 TABLES = NORM + 2 * C * 4
 # The linear systems on their way from `prepare` to `invert`.
 SYSTEMS = 2  # one for each warp of `invert`
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
-SQUARES = C * A_ROW  # fp32 [2, 2, 32]: half sums of |k_i|^2, |q_i|^2
+SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 4 * C * 4
-# Scratch of `prepare`.
-KE = 0  # bf16 [2, 16, 64], swizzled: Ki of block 0 at its anchor
-EXCHANGE = 4096  # fp32 [2, 2, 256]: half sums of the diagonal blocks of A and M
-TOTAL = EXCHANGE + 4096  # fp32 [2, 128]: log2 decay of each block
-OFFSET = TOTAL + 2 * D * 4  # fp32 [2, 128]: G of each block's start against its anchor
-SHIFT = OFFSET + 2 * D * 4  # bf16 [5, 128]: 2^p0, 2^p1, 2^(a - p0), 2^(a - p1), 2^(p1 - p0)
-BIAS = SHIFT + 5 * D * 2  # fp32 [128]
-REST = BIAS + D * 4  # fp32 [128]: f, left by the integer anchor of the last chunk's end; registers are scarcer
-SCRATCH = REST + D * 4
+ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
+BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
+# fp16 holds gates as multiples of these
+SIGMOID_BITS = 15
+SIGMOID_SCALE = float(1 << SIGMOID_BITS)
+G_SCALE = 4096.0
+ROUND = 1.5 * 2**23  # x + ROUND has the integer nearest to x in its low bits
 
 
 class KdaFwdSm90:
@@ -85,13 +86,19 @@ class KdaFwdSm90:
         self.g_boxes = 2 if config.g_dtype == "bf16" else 4
         # a stage of the ring: k and q (later Kd and Qd), g (later Kr), v, T, M
         self.kr_half = self.g_boxes // 2 * BOX  # channels 64-127 of Kr
+        self.v_boxes = 2 // config.v_split
         self.at_v = AT_G + 2 * self.kr_half
-        self.at_t = self.at_v + 2 * BOX
+        self.at_t = self.at_v + self.v_boxes * BOX
         self.at_m = self.at_t + C * C * 2
         self.stage_bytes = self.at_m + C * C * 2
-        # load and invert, prepare, 2 x state; 56 + 136 + 2 x 160 = 512 registers a lane is what an SM has
-        self.threads = 512
-        self.regs_load, self.regs_prepare, self.regs_state = 56, 136, 160
+        self.prepare_wgs = 2 if config.v_split == 2 else 1
+        self.pairs = 2 * self.prepare_wgs
+        self.gate_warps = 0 if config.v_split == 2 else 2  # else `prepare` does it
+        self.inverters = 2 if config.v_split == 2 else 1
+        self.state_wgs = self.v_boxes
+        self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
+        # registers a lane; the sum over warpgroups is at most 512, what an SM has
+        self.regs_load, self.regs_prepare, self.regs_state = (64, 128, 160) if config.v_split == 1 else (64, 136, 160)
 
     # ------------------------------------------------------------------ host side
 
@@ -134,7 +141,7 @@ class KdaFwdSm90:
             )  # fmt: skip
             return cute.make_tiled_mma(op)
 
-        items = N * cute.size(mO.shape[2])
+        items = N * cute.size(mO.shape[2]) * self.config.v_split
         grid = cutlass.min(items, max_blocks)
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
@@ -165,54 +172,102 @@ class KdaFwdSm90:
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
         ring = table(self.stage_bytes * S, 1024)
-        out = table(4 * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
-        scratch = table(SCRATCH, 1024).toint()
+        out = table(2 * self.state_wgs * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
-        bars = smem.allocate_tensor(Int64, cute.make_layout(3 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
-        raw_full, ready, empty, a_full = bars, bars + S, bars + 2 * S, bars + 3 * S
-        a_empty, met = a_full + SYSTEMS, a_full + 2 * SYSTEMS
+        order = table(2 * SORTED * 4).toint()
+        sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
+        bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS), byte_alignment=8).iterator
+        raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
+        a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
 
         if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(ready + s, 128 + 32)  # `prepare`, a warp of `invert`
-                    cute.arch.mbarrier_init(empty + s, 256)
+                    cute.arch.mbarrier_init(gated + s, 64)
+                    cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
+                    cute.arch.mbarrier_init(solved + s, 32)
+                    cute.arch.mbarrier_init(empty + s, 128 * self.state_wgs)
                 for i in cutlass.range_constexpr(SYSTEMS):
-                    cute.arch.mbarrier_init(a_full + i, 128)
+                    cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
-                cute.arch.mbarrier_init(met, 128)
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
-        cute.arch.sync_threads()
-
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
+        if self.is_sorted(items, H, cu_seqlens):
+            self.longest_first(order, order + SORTED * 4, cu_seqlens, items // (H * self.config.v_split), flags, T)
+        cute.arch.sync_threads()
+
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
                 self.load(
-                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, cu_seqlens, flags, items, H, T
-                )
-            elif warp <= SYSTEMS:
-                self.invert(
-                    warp - 1, ring.toint(), sTables, sSystems, raw_full, ready, a_full, a_empty,
-                    beta, cu_seqlens, scale, flags, items, H, T,
+                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
+                    initial_state, cu_seqlens, flags, items, H, T, order,
                 )  # fmt: skip
-        elif warp < 8:
+            elif warp <= self.inverters:
+                self.invert(
+                    warp - 1, ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
+                    beta, cu_seqlens, scale, flags, items, H, T, order,
+                )  # fmt: skip
+            elif warp <= self.inverters + self.gate_warps:
+                self.gates(
+                    warp - 1 - self.inverters, ring.toint(), sTables, sBias, raw_full, gated,
+                    A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T, order,
+                )  # fmt: skip
+        elif warp < 4 + 4 * self.prepare_wgs:
             cute.arch.setmaxregister_increase(self.regs_prepare)
             self.prepare(
-                warp - 4, ring.toint(), sTables, sSystems, scratch, raw_full, ready, a_full, a_empty, met,
-                A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T,
+                warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, a_full, a_empty,
+                A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T, order,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
-                (warp - 8) // 4, ring, out, sTables, ready, empty,
-                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, cu_seqlens, flags, items, H, T,
+                (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, ready, solved, empty,
+                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, cu_seqlens, flags, items, H, T, order,
             )  # fmt: skip
+
+    def is_sorted(self, items: Int32, H: Int32, cu_seqlens: Int64) -> Boolean:
+        return (cu_seqlens != 0) & (items <= SORTED * self.config.v_split * H)
+
+    @cute.jit
+    def longest_first(self, order: Int32, lengths: Int32, cu_seqlens: Int64, N: Int32, flags: Int32, T: Int32):
+        """order[i]: the i-th longest sequence, of equals the first first."""
+        n = cute.arch.thread_idx()[0]
+        length = Int32(0)
+        if n < N:
+            _, length, _ = self.sequence(n, cu_seqlens, flags, T)
+            ptx.sts_i32(lengths + n * 4, length)
+        cute.arch.sync_threads()
+        if n < N:
+            rank = Int32(0)
+            for m in cutlass.range(N, unroll=4):
+                other = ptx.lds_i32(lengths + m * 4)
+                if (other > length) | ((other == length) & (m < n)):
+                    rank += 1
+            ptx.sts_i32(order + rank * 4, n)
+
+    @cute.jit
+    def work(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
+        """A block's work in a turn: (sequence, head, slice of V, first token, tokens, batch); -1 tokens: no work.
+
+        Turns run to and fro over the blocks: who got the longest of one gets the shortest of the next."""
+        block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        at = turn * blocks + block
+        if turn % 2 == 1:
+            at = turn * blocks + blocks - 1 - block
+        nh = cutlass.min(at, items - 1) // self.config.v_split
+        seq = nh // H
+        if self.is_sorted(items, H, cu_seqlens):
+            seq = ptx.lds_i32(order + seq * 4)
+        start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
+        if at >= items:
+            tokens = Int32(-1)
+        return seq, nh % H, at % self.config.v_split, start, tokens, b
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
@@ -230,6 +285,9 @@ class KdaFwdSm90:
             end = cutlass.max(start, end)
             b = Int32(0)
         return start, end - start, b
+
+    def turns(self, items: Int32) -> Int32:
+        return cute.ceil_div(items, cute.arch.grid_dim()[0])
 
     def clamp(self, x: Int64, T: Int32) -> Int32:
         return Int32(cutlass.min(cutlass.max(x, Int64(0)), Int64(T)))
@@ -260,7 +318,7 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32,
+        initial_state: Int64, cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
         """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
         S = self.stages
@@ -270,11 +328,14 @@ class KdaFwdSm90:
 
         bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.at_v, BFloat16, 64, 2)
+        bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
         stage, phase = Int32(0), Int32(1)
-        for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
-            start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
-            h = item % H
+        for turn in cutlass.range(self.turns(items), unroll=1):
+            seq, h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            if (initial_state != 0) & (tokens >= 0) & (vs == 0):  # into L2, while `state` is at the items before
+                size = D * D * (2 if (flags & INITIAL_BF16) != 0 else 4)
+                with cute.arch.elect_one():
+                    ptx.prefetch_l2(initial_state + Int64(seq * H + h) * size, Int32(size))
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
             sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
@@ -283,175 +344,260 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (6 + self.g_boxes) * BOX)
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
                 for i in cutlass.range_constexpr(self.g_boxes):
                     cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
                 for i in cutlass.range_constexpr(2):
                     cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
                     cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
-                    cute.copy(v_tma, gV[None, c, i], sV_[None, i, stage], tma_bar_ptr=bar)
+                for i in cutlass.range_constexpr(self.v_boxes):
+                    cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
                 stage += 1
                 if stage == S:
                     stage = Int32(0)
                     phase ^= 1
+
+    # ------------------------------------------------------------------ gate
+
+    @cute.jit
+    def gates(
+        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
+        A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
+        items: Int32, H: Int32, T: Int32, order: Int32,
+    ):  # fmt: skip
+        """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was; anchors of each channel.
+
+        The log2 decay is lam times the factor. Its relative error in fp16 is 2^-12, so 2^G errs by 2^-12 / e at most.
+        """
+        S = self.stages
+        lane = cute.arch.lane_idx()
+        bias_at = sBias + half * 256
+        stage, phase = Int32(0), Int32(0)
+        for turn in cutlass.range(self.turns(items), unroll=1):
+            _, h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
+            for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
+                sStage = ring + stage * self.stage_bytes
+                self.wait(raw_full + stage, phase, lane, items)
+                self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane)
+                cute.arch.mbarrier_arrive(gated + stage)
+                stage += 1
+                if stage == S:
+                    stage = Int32(0)
+                    phase ^= 1
+
+    @cute.jit
+    def gate_parameters(self, A_log: Int64, dt_bias: Int64, h: Int32, half: Int32, bias_at: Int32, lane: Int32):
+        """slope; and bias of the warp's channels, left in shared memory: A_log, dt_bias and the base of the logarithm
+        folded into 2^15 sigmoid = 1 / (2^-15 + 2^(slope g + bias))."""
+        slope = Float32(G_SCALE)
+        if const_expr(self.config.gate == "safe"):
+            slope = Float32(-LOG2_E)
+            if A_log != 0:
+                slope = -LOG2_E * cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
+                slope = cutlass.min(slope, Float32(-1e-37))  # so that -inf still is no decay (see clear_gate)
+            cute.arch.sync_warp()
+            for i in cutlass.range_constexpr(2):
+                bias = Float32(-SIGMOID_BITS)
+                if dt_bias != 0:
+                    at = Int64(h * D + 64 * half + 32 * i + lane)
+                    bias = ptx.fma(slope, self.global_f32(dt_bias, at), bias)
+                ptx.sts_f32(bias_at + (32 * i + lane) * 4, bias)
+            cute.arch.sync_warp()
+        return slope
+
+    @cute.jit
+    def gate(
+        self, slope: Float32, bias_at: Int32, half: Int32, sStage: Int32, tables: Int32, lower_bound: Float32,
+        tokens: Int32, lane: Int32,
+    ):  # fmt: skip
+        """64 channels of a chunk."""
+        sG = sStage + AT_G + half * self.kr_half
+        if tokens < C:
+            self.clear_gate(lane, tokens, sG)
+            cute.arch.sync_warp()
+        tile = sG + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16  # see prepare
+        # Sums over the first 8 tokens and over all 16, of 16-channel column kk in accumulator columns 2 kk and 2 kk + 1
+        sums = [(Float32(0.0),) * 4] * 2
+        step = self.g_boxes // 2  # 16-channel columns at a time: a box of g, at least
+        ahead = step if self.g_type is BFloat16 else 0  # bf16: the next column is loaded before this one is stored
+        raw = self.raw_gates(sG, tile, 0, lane)
+        for kk0 in cutlass.range_constexpr(0, 4, step):
+            if const_expr(ahead == 0 and kk0 > 0):
+                raw = self.raw_gates(sG, tile, kk0, lane)
+            words = self.factors(raw, slope, bias_at + lane // 4 * 4, kk0)
+            if const_expr(ahead > 0 and kk0 + step < 4):
+                raw = self.raw_gates(sG, tile, kk0 + step, lane)
+            for i in cutlass.range_constexpr(2 * step):
+                w, kk = words[i], kk0 + i // 2
+                sums[i % 2] = ptx.mma_f16(
+                    (w[0], w[2], w[1], w[3]), self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1),
+                    sums[i % 2],
+                )  # fmt: skip
+            cute.arch.sync_warp()
+            for i in cutlass.range_constexpr(2 * step):
+                ptx.stmatrix_x4((tile ^ ((kk0 + i // 2) * 32)) + i % 2 * 2048, words[i], trans=True)
+        lam = Float32(LOG2_E / G_SCALE)
+        if const_expr(self.config.gate == "safe"):
+            lam = lower_bound * (LOG2_E / SIGMOID_SCALE)
+        for i in cutlass.range_constexpr(2):
+            channel = lane % 4 * 16 + 8 * i + lane // 4
+            at = sStage + self.at_t + half * ANCHORS + channel // 2 * 16 + channel % 2 * 4
+            mid, total = [sums[s][2 * i] for s in range(2)], [sums[s][2 * i + 1] for s in range(2)]
+            self.anchors(mid, total, at, channel % 2 * 2, tables + DECAY + (64 * half + channel) * 4, lam)
+
+    @cute.jit
+    def clear_gate(self, lane: Int32, valid: Int32, sG: Int32):
+        """g behind the sequence's end becomes what makes no decay: 0, or -inf before the sigmoid."""
+        no_decay = Uint32(0)
+        if const_expr(self.config.gate == "safe"):
+            no_decay = Uint32(0xFF80FF80 if self.g_type is BFloat16 else 0xFF800000)
+        for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
+            if lane + 32 * j >= valid * 8:
+                for box in cutlass.range_constexpr(self.g_boxes // 2):
+                    ptx.sts_16(sG + box * BOX + (lane + 32 * j) * 16, no_decay)
+
+    def raw_gates(self, sG: Int32, tile: Int32, kk0: int, lane: Int32):
+        """g of both blocks of tokens, of the 16-channel columns kk0 and (fp32) kk0 + 1: by tile, register and token."""
+        out = []
+        for i in range(self.g_boxes):
+            kk, s = kk0 + i // 2, i % 2
+            if self.g_type is BFloat16:
+                out.append(ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True))
+                continue
+            raw = []
+            for j in range(4):  # register j: tokens 8 (j % 2), channels 8 (j // 2)
+                word = (16 * kk + 8 * (j // 2)) % 32 + lane // 4
+                box = sG + (16 * kk + 8 * (j // 2)) // 32 * BOX
+                token = 16 * s + 8 * (j % 2) + lane % 4 * 2
+                raw.append([
+                    ptx.lds_f32(box + t * 128 + (word % 4) * 4 + (((word // 4) ^ (t % 8)) * 16))
+                    for t in (token, token + 1)
+                ])  # fmt: skip
+            out.append(raw)
+        return out
+
+    def factors(self, raw, slope: Float32, bias_at: Int32, kk0: int):
+        """As operands B, fp16. safe: 2^15 sigmoid(exp(A_log) (g + dt_bias)); log: 2^12 g."""
+        out, bias = [], [Float32(0.0)] * 2
+        for i, r in enumerate(raw):
+            pairs = [(ptx.bf16_lo(x), ptx.bf16_hi(x)) for x in r] if self.g_type is BFloat16 else r
+            if i % 2 == 0 and self.config.gate == "safe":
+                bias = [ptx.lds_f32(bias_at + (16 * (kk0 + i // 2) + 8 * nt) * 4) for nt in range(2)]
+            out.append(tuple(ptx.pack_f16(*(self.factor(x, slope, bias[j // 2]) for x in pairs[j])) for j in range(4)))
+        return out
+
+    def factor(self, g: Float32, slope: Float32, bias: Float32) -> Float32:
+        if self.config.gate == "safe":
+            return ptx.rcp(1.0 / SIGMOID_SCALE + ptx.ex2(ptx.fma(g, slope, bias)))
+        return g * slope
+
+    def anchors(self, mid, total, at: Int32, half: Int32, decay: Int32, lam: Float32) -> None:
+        """Integer anchors p0, p1 of a channel's two blocks, near G of their middle tokens, and what depends on them. G
+        counts from the chunk's start.
+
+        Three tables at `at`, of 32 pairs of channels each, 512 bytes apart: fp32 -p0, -p0', 2^(G_C - p0), the other's;
+        the same of block 1: G's start - p1, 2^(G_C - p1); bf16 pairs 2^p0, 2^(p1 - p0), 2^p1, -. 2^G_C, the decay of
+        the chunk, goes to `decay`.
+        """
+        total0 = lam * total[0]
+        end = ptx.fma(lam, total[1], total0)
+        r0 = ptx.fma(lam, mid[0], Float32(ROUND))  # an integer in the low bits
+        r1 = ptx.fma(lam, mid[1], total0) + ROUND
+        p0, p1 = r0 - ROUND, r1 - ROUND
+        ptx.sts_f32(at, -p0)
+        ptx.sts_f32(at + 8, ptx.ex2(end - p0))
+        ptx.sts_f32(at + 512, total0 - p1)
+        ptx.sts_f32(at + 520, ptx.ex2(end - p1))
+        shifts = ptx.pow2(r0), ptx.pow2_difference(r1, r0), ptx.pow2(ptx.maximum(r1, Float32(ROUND - 127)))
+        for i, x in enumerate(shifts):
+            ptx.sts_high(at - half + 1024 + 4 * i, x)
+        ptx.sts_f32(decay, ptx.ex2(end))
 
     # ------------------------------------------------------------------ prepare
 
     @cute.jit
     def prepare(
-        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, scratch: Int32,
-        raw_full, ready, a_full, a_empty, met,
+        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32,
+        raw_full, gated, ready, a_full, a_empty,
         A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
-        items: Int32, H: Int32, T: Int32,
+        items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
-        """A warpgroup: q, k, g of a chunk -> Qd, Kd, Kr in place; M; A for `invert`.
+        """Pairs of warps, each every `pairs`-th chunk: q, k -> Qd, Kd in place; Kr where g was; M; A for `invert`.
 
-        Warp w owns tokens 16 (w % 2) .. and channels 64 (w // 2) ..: two warps hold half sums of each block of A and M.
+        Warp h of a pair has channels 64 h .. of all 32 tokens, and so half sums of A and M, which the two exchange at
+        the chunk's end.
         """
-        S = self.stages
-        sub, half = warp % 2, warp // 2
-        thread = cute.arch.thread_idx()[0] % 128
+        S, P = self.stages, self.pairs
+        pair, half, bias_at = warp // 2, warp % 2, sBias + warp * 256
         lane = cute.arch.lane_idx()
         row, col = lane // 4, lane % 4 * 2
+        lam = Float32(LOG2_E / G_SCALE)
+        if const_expr(self.config.gate == "safe"):
+            lam = lower_bound * (LOG2_E / SIGMOID_SCALE)
         # the lower triangle of ones as an operand A: sums over tokens run on the tensor cores
-        ones = Uint32(0x3F803F80)
-        zero = Uint32(0)
-        diagonal = Uint32(0)
+        ones, zero, diagonal = Uint32(0x3C003C00), Uint32(0), Uint32(0)
         if col <= row:
-            diagonal = Uint32(0x3F80)
+            diagonal = Uint32(0x3C00)
         if col + 1 <= row:
             diagonal = ones
         lower = (diagonal, ones, zero, diagonal)
         # a 16 x 16 tile of ldmatrix and stmatrix: lane l serves row l % 16, 16-byte column l // 16 (128-byte swizzle)
-        tile_row = (16 * sub + lane % 16) * 128
-        tile_col = ((lane // 16) ^ (lane % 8)) * 16
+        tile = lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
 
-        stage, phase = Int32(0), Int32(0)
-        slot, slot_phase, met_phase = Int32(0), Int32(1), Int32(0)
-        for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
-            _, tokens, _ = self.sequence(item // H, cu_seqlens, flags, T)
-            h = item % H
-            # the gate is lam / (1 + 2^(slope g + bias)): fold A_log, dt_bias and the base of the logarithm once a head
-            slope, lam = Float32(0.0), Float32(LOG2_E)
-            if const_expr(self.config.gate == "safe"):
-                slope, lam = Float32(-LOG2_E), lower_bound * LOG2_E
-                if A_log != 0:
-                    slope = -LOG2_E * cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
-                bias = Float32(0.0)
-                if dt_bias != 0:
-                    bias = slope * self.global_f32(dt_bias, Int64(h * D + thread))
-                ptx.sts_f32(scratch + BIAS + thread * 4, bias)
-                self.prepare_sync(HEAD_BAR)
-            ptx.sts_f32(scratch + REST + thread * 4, Float32(0.0))
-
-            for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
-                valid = cutlass.min(tokens - c * C, C)
+        n = Int32(0)  # chunks of the items before
+        for turn in cutlass.range(self.turns(items), unroll=1):
+            _, h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            first, end = n + ((pair - n) & (P - 1)), n + cute.ceil_div(tokens, C)
+            slope = Float32(0.0)
+            if const_expr(self.gate_warps == 0):
+                if first < end:
+                    slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
+            tokens += n * C  # from the block's first chunk on, as c
+            for c in cutlass.range(first, end, P, unroll=1):
+                stage, slot = c % S, c % SYSTEMS
+                left = tokens - c * C
                 sStage = ring + stage * self.stage_bytes
                 system = sSystems + slot * SYSTEM
-                cute.arch.mbarrier_wait(raw_full + stage, phase)
-                if valid < C:
-                    self.clear_tail(thread, valid, sStage)
-                    self.meet(met, met_phase, lane, items)
-                    met_phase ^= 1
-                # log2 decay summed from the block's first token
-                G = self.log_decay(
-                    sStage, scratch, slope, self.masked(lam, 16 * sub + col, valid), lower, sub, half, lane
-                )
-                channel = 64 * half + col
-                if row == 7:
-                    for kk in cutlass.range_constexpr(4):
-                        for nt in cutlass.range_constexpr(2):
-                            at = scratch + TOTAL + (sub * D + channel + 16 * kk + 8 * nt) * 4
-                            ptx.sts_f32x2(at, G[kk][nt][2], G[kk][nt][3])
-                self.meet(met, met_phase, lane, items)
-                met_phase ^= 1
-                self.anchors(thread, scratch, sTables + stage * TABLES)
-                self.prepare_sync(ANCHORS_BAR)
-
-                tile_kq = sStage + half * (2 * BOX) + tile_row
-                tile_kr = sStage + AT_G + half * self.kr_half + tile_row
-                tile_ke = scratch + KE + half * (SUB * 128) + lane % 16 * 128
-                A = [(Float32(0.0),) * 4] * 2
-                M = [(Float32(0.0),) * 4] * 2
-                k2, q2 = [Float32(0.0)] * 2, [Float32(0.0)] * 2  # |k|^2, |q|^2 of rows row, row + 8
-                left_k, left_q = [None] * 4, [None] * 4
-                for kk in cutlass.range_constexpr(4):
-                    tc = (kk * 32) ^ tile_col
-                    kd_at = tile_kq + tc
-                    lk, lq, ki, k2, q2 = self.decayed(
-                        ptx.ldmatrix_x4(kd_at), ptx.ldmatrix_x4(kd_at + BOX), G[kk],
-                        scratch + OFFSET + (sub * D + channel + 16 * kk) * 4, k2, q2,
-                    )  # fmt: skip
-                    for nt in cutlass.range_constexpr(2):
-                        A[nt] = ptx.mma_bf16(lk, ki[nt], ki[nt + 2], A[nt])
-                        M[nt] = ptx.mma_bf16(lq, ki[nt], ki[nt + 2], M[nt])
-                    shift = scratch + SHIFT + (channel + 16 * kk) * 2
-                    ptx.stmatrix_x4(kd_at, self.shifted(lk, shift + sub * 2 * D))
-                    ptx.stmatrix_x4(kd_at + BOX, self.shifted(lq, shift + sub * 2 * D))
-                    ptx.stmatrix_x4(tile_kr + tc, self.shifted(ki, shift + (2 + sub) * 2 * D))
-                    if sub == 0:
-                        ptx.stmatrix_x4(tile_ke + tc, ki)
-                    left_k[kk], left_q[kk] = self.shifted(lk, shift + 4 * 2 * D), self.shifted(lq, shift + 4 * 2 * D)
-
-                # `invert` takes |k|^2, |q|^2 (half sums) and A from one of two buffers
-                self.wait(a_empty + slot, slot_phase, lane, items)
-                for i in cutlass.range_constexpr(2):
-                    k_sum, q_sum = self.quad_sum(k2[i]), self.quad_sum(q2[i])
-                    if lane % 4 == 0:
-                        at = system + SQUARES + (half * 2 * C + 16 * sub + row + 8 * i) * 4
-                        ptx.sts_f32(at, k_sum)
-                        ptx.sts_f32(at + C * 4, q_sum)
-                # the first half's warp completes A, the second's M
-                exchange = scratch + EXCHANGE + sub * 2048 + lane * 16
-                self.give(exchange, 1024, A, M, half)
-                self.prepare_sync(TILES_BAR)
-
-                m_stage = sStage + self.at_m
-                if sub == 0:
-                    if half == 0:
-                        self.store_a(self.take(exchange, 1024, A, half), 0, 0, system, lane)
-                    else:
-                        self.store_m(self.take(exchange, 1024, M, half), 0, 0, m_stage, lane)
-                        self.store_m([(Float32(0.0),) * 4] * 2, 0, 1, m_stage, lane)
+                self.wait(raw_full + stage, c // S & 1, lane, items)
+                if left < C:
+                    self.clear_tail(lane, half, left, sStage)
+                if const_expr(self.gate_warps == 0):
+                    self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane)
                 else:
-                    A10 = [(Float32(0.0),) * 4] * 2
-                    M10 = [(Float32(0.0),) * 4] * 2
-                    for kk in cutlass.range_constexpr(4):
-                        ki = ptx.ldmatrix_x4(tile_ke + ((kk * 32) ^ tile_col))
-                        for nt in cutlass.range_constexpr(2):
-                            A10[nt] = ptx.mma_bf16(left_k[kk], ki[nt], ki[nt + 2], A10[nt])
-                            M10[nt] = ptx.mma_bf16(left_q[kk], ki[nt], ki[nt + 2], M10[nt])
-                    exchange10 = scratch + KE + lane * 16  # each warp's own half of Ki, which only it has read
-                    cute.arch.sync_warp()
-                    self.give(exchange10, 2048, A10, M10, half)
-                    cute.arch.barrier(barrier_id=OFF_DIAGONAL_BAR, number_of_threads=64)
-                    if half == 0:
-                        self.store_a(self.take(exchange, 1024, A, half), 1, 1, system, lane)
-                        self.store_a(self.take(exchange10, 2048, A10, half), 1, 0, system, lane)
-                    else:
-                        self.store_m(self.take(exchange, 1024, M, half), 1, 1, m_stage, lane)
-                        self.store_m(self.take(exchange10, 2048, M10, half), 1, 0, m_stage, lane)
+                    self.wait(gated + stage, c // S & 1, lane, items)
+                cute.arch.sync_warp()
+                tile_kq = sStage + half * (2 * BOX) + tile
+                tile_kr = sStage + AT_G + half * self.kr_half + tile
+                table = sStage + self.at_t + half * ANCHORS + lane % 4 * 16
+                # blocks (0, 0), (1, 1) and (1, 0) of Kd Ki^T and Qd Ki^T, and |q|^2, summed over the warp's channels
+                acc = cute.make_rmem_tensor((52,), Float32)
+                for i in cutlass.range_constexpr(52):
+                    acc[i] = Float32(0.0)
+                for kk in cutlass.range(4, unroll=1):
+                    self.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
+                A, M, q2 = self.accumulators(acc)
+
+                # `invert` takes A and the squares from one of its buffers
+                self.wait(a_empty + slot, c // SYSTEMS & 1 ^ 1, lane, items)
+                for i in cutlass.range_constexpr(4):
+                    q_sum = self.quad_sum(q2[i])
+                    if lane % 4 == 0:
+                        ptx.sts_f32(system + SQUARES + ((1 + half) * C + 8 * i + row) * 4, q_sum)
+                # Of the half sums, the second warp leaves A's to the first in the system's place, the first M's to the
+                # second in that of T and M, when both need the anchors there no more.
+                cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
+                a_at, m_at = system + lane * 16, sStage + self.at_t + lane * 16
+                self.give(a_at, m_at, A, M, half)
+                cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
+                if half == 0:
+                    self.store_a(self.take(a_at, A), system, lane)
+                else:
+                    self.store_m(self.take(m_at, M), sStage + self.at_m, lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.mbarrier_arrive(a_full + slot)
                 cute.arch.mbarrier_arrive(ready + stage)
-                slot += 1
-                if slot == SYSTEMS:
-                    slot = Int32(0)
-                    slot_phase ^= 1
-                stage += 1
-                if stage == S:
-                    stage = Int32(0)
-                    phase ^= 1
-
-    @cute.jit
-    def meet(self, met, phase: Int32, lane: Int32, items: Int32):
-        """As prepare_sync, where only some lanes of a warp have written: there racecheck reported hazards at named
-        barriers, before waits kept warps together (see wait)."""
-        cute.arch.mbarrier_arrive(met)
-        self.wait(met, phase, lane, items)
-
-    def prepare_sync(self, barrier: int) -> None:
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=128)
+            n = end
 
     @cute.jit
     def global_f32(self, address: Int64, index: Int64) -> Float32:
@@ -460,218 +606,212 @@ class KdaFwdSm90:
         )[0]
 
     @cute.jit
-    def global_bf16(self, address: Int64, index: Int64) -> Float32:
-        ptr = cute.make_ptr(BFloat16, address + index * 2, cute.AddressSpace.gmem)
-        return Float32(cute.make_tensor(ptr, cute.make_layout(1))[0])
+    def load_beta(self, address: Int64, start: Int64, H: Int32, token: Int32, tokens: Int32, flags: Int32) -> Uint32:
+        """beta of a token as it is in memory: touched as late as can be."""
+        x = Uint32(0)
+        if token < tokens:
+            index = start + Int64(token) * H
+            if (flags & BETA_BF16) != 0:
+                x = ptx.ldg_u16(address + index * 2)
+            else:
+                x = ptx.ldg_u32(address + index * 4)
+        return x
 
     @cute.jit
-    def beta(self, address: Int64, index: Int64, flags: Int32) -> Float32:
-        """beta, sigmoid(beta) or 2 sigmoid(beta)."""
-        x = Float32(0.0)
+    def beta(self, raw: Uint32, exists: Boolean, flags: Int32) -> Float32:
+        """beta, sigmoid(beta) or 2 sigmoid(beta); 0 behind the sequence's end."""
         if (flags & BETA_BF16) != 0:
-            x = self.global_bf16(address, index)
-        else:
-            x = self.global_f32(address, index)
+            raw = raw << 16
+        x = ptx.as_f32(raw)
         if (flags & BETA_SIGMOID) != 0:
             x = ptx.rcp(1.0 + ptx.ex2(x * -LOG2_E))
             if (flags & NEG_EIGVAL) != 0:
                 x = x * 2.0
+        if not exists:
+            x = Float32(0.0)
         return x
 
     @cute.jit
-    def masked(self, lam: Float32, token: Int32, valid: Int32):
-        """lam for the four tokens of a lane that exist, 0 for those behind the sequence's end: their decay is 1."""
-        out = []
-        for t in cutlass.range_constexpr(4):
-            out.append(lam if token + (t % 2 + t // 2 * 8) < valid else Float32(0.0))
-        return out
-
-    @cute.jit
-    def clear_tail(self, thread: Int32, valid: Int32, sStage: Int32):
+    def clear_tail(self, lane: Int32, half: Int32, valid: Int32, sStage: Int32):
         """Rows behind the sequence's end hold the next one's tokens: zero them, so that not even a NaN gets in."""
-        for j in cutlass.range_constexpr(C * 8 // 128):  # 8 pieces of 16 bytes in a row of a box
-            piece = thread + 128 * j
-            if piece >= valid * 8:
-                for box in cutlass.range_constexpr(self.at_t // BOX):  # k, q, g and v are boxes, one behind the other
-                    ptx.sts_zero16(sStage + box * BOX + piece * 16)
+        for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
+            at = sStage + (lane + 32 * j) * 16
+            if lane + 32 * j >= valid * 8:
+                ptx.sts_16(at + half * (2 * BOX), Uint32(0))
+                ptx.sts_16(at + half * (2 * BOX) + BOX, Uint32(0))
+                if half < self.v_boxes:
+                    ptx.sts_16(at + self.at_v + half * BOX, Uint32(0))
 
-    def gate(self, g: Float32, slope: Float32, bias: Float32, lam: Float32) -> Float32:
-        """log2 of the decay. safe: lower_bound * sigmoid(exp(A_log) (g + dt_bias)); log: g itself."""
-        if self.config.gate == "safe":
-            return lam * ptx.rcp(1.0 + ptx.ex2(ptx.fma(g, slope, bias)))
-        return lam * g
-
-    def log_decay(self, sStage: Int32, scratch: Int32, slope, lam, lower, sub: Int32, half: Int32, lane: Int32):
-        """G[kk][nt]: log2 decay summed over the tokens of the block: accumulator tiles, 16 tokens x 8 channels each.
-
-        The sum is a product with a triangle of ones; the decay goes in as bf16 high and low parts, 16 bits together.
-        """
-        row, col = lane // 4, lane % 4 * 2
-        sG = sStage + AT_G + half * (self.g_boxes // 2 * BOX)
-        G = []
-        for kk in range(4):
-            if self.g_type is BFloat16:
-                at = sG + (16 * sub + lane % 16) * 128 + ((kk * 32) ^ (((lane // 16) ^ (lane % 8)) * 16))
-                r = ptx.ldmatrix_x4(at, trans=True)
-                raw = [[f(r[2 * nt + i]) for i in range(2) for f in (ptx.bf16_lo, ptx.bf16_hi)] for nt in range(2)]
-            else:
-                raw = []
-                for nt in range(2):
-                    word = (16 * kk + 8 * nt) % 32 + row
-                    box = sG + (16 * kk + 8 * nt) // 32 * BOX + (word % 4) * 4
-                    raw.append([
-                        ptx.lds_f32(box + (16 * sub + col + t) * 128 + (((word // 4) ^ ((col + t) % 8)) * 16))
-                        for t in (0, 1, 8, 9)
-                    ])  # fmt: skip
-            tiles = []
+    def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
+        """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
+        off = None
+        tiles = [self.tile_of(tile_kq, tile_kr, s) for s in range(2)]
+        ow = [ptx.lds_f32x4(table + nt * 64) for nt in range(2)]
+        for s in range(2):
+            g, k, q = tiles[s]
+            x = []
             for nt in range(2):
-                bias = Float32(0.0)
-                if self.config.gate == "safe":
-                    bias = ptx.lds_f32(scratch + BIAS + (64 * half + 16 * kk + 8 * nt + row) * 4)
-                x = [self.gate(raw[nt][t], slope, bias, lam[t]) for t in range(4)]
-                (high0, low0), (high1, low1) = self.high_low(x[:2]), self.high_low(x[2:])
-                acc = ptx.mma_bf16(lower, high0, high1, (Float32(0.0),) * 4)
-                tiles.append(ptx.mma_bf16(lower, low0, low1, acc))
-            G.append(tiles)
-        return G
+                G = ptx.mma_f16(lower, g[2 * nt], g[2 * nt + 1], (Float32(0.0),) * 4)
+                x.append([ptx.fma(G[i], lam, ow[nt][i % 2]) for i in range(4)])
+            lk, lq, ki, kr = self.decayed(k, q, x, ow, acc, s)
+            self.product_into(acc, s, lk, ki)
+            self.product_into(acc, 3 + s, lq, ki)
+            if s == 0:
+                to_start, to_next = zip(*[ptx.lds_u32x2(table + 1024 + nt * 64) for nt in range(2)], strict=True)
+                off = self.shifted(ki, to_next)
+                ow = [ptx.lds_f32x4(table + 512 + nt * 64) for nt in range(2)]  # before the stores: they are in its way
+            else:
+                to_start = [ptx.lds_u32(table + 1024 + nt * 64 + 8) for nt in range(2)]
+                self.product_into(acc, 2, lk, off)
+                self.product_into(acc, 5, lq, off)
+            ptx.stmatrix_x4(tile_kq + s * 2048, self.shifted(lk, to_start))
+            ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, self.shifted(lq, to_start))
+            ptx.stmatrix_x4(tile_kr + s * 2048, kr)
 
-    def anchors(self, channel: Int32, scratch: Int32, tables: Int32) -> None:
-        """Anchors p0, p1 of the blocks and a of the chunk's end, one channel a thread."""
-        f = ptx.lds_f32(scratch + REST + channel * 4)
-        t0, t1 = ptx.lds_f32(scratch + TOTAL + channel * 4), ptx.lds_f32(scratch + TOTAL + (D + channel) * 4)
-        p0 = ptx.round_even(ptx.fma(t0, Float32(0.5), f))
-        g1 = f + t0
-        p1 = ptx.round_even(ptx.fma(t1, Float32(0.5), g1))
-        end = g1 + t1
-        a = ptx.round_even(end)
-        ptx.sts_f32(scratch + OFFSET + channel * 4, f - p0)
-        ptx.sts_f32(scratch + OFFSET + (D + channel) * 4, g1 - p1)
-        for i, e in enumerate((p0, p1, a - p0, a - p1, p1 - p0)):
-            x = ptx.ex2(e)
-            ptx.sts_bf16(scratch + SHIFT + (i * D + channel) * 2, ptx.pack_bf16(x, x))
-        ptx.sts_f32(tables + DECAY + channel * 4, ptx.ex2(a))
-        ptx.sts_f32(tables + DECAY + (D + channel) * 4, ptx.ex2(end - a))
-        ptx.sts_f32(scratch + REST + channel * 4, end - a)
+    def tile_of(self, tile_kq: Int32, tile_kr: Int32, s: int):
+        """Operand registers of 16 tokens x 16 channels: gates (an operand B), k, q."""
+        g = ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True)
+        return g, ptx.ldmatrix_x4(tile_kq + s * 2048), ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX)
 
-    def decayed(self, k, q, G, sOffset: Int32, k2, q2):
-        """k 2^(G - p), q 2^(G - p), k 2^(p - G) of 16 tokens x 16 channels, and the running |k|^2, |q|^2."""
-        lk, lq, ki = [None] * 4, [None] * 4, [None] * 4
-        k2, q2 = list(k2), list(q2)
-        offset = [ptx.lds_f32x2(sOffset), ptx.lds_f32x2(sOffset + 32)]
+    def product_into(self, acc: cute.Tensor, block: int, a, b) -> None:
+        """Adds a b^T, 16 x 16 of 16 channels, to a block of acc."""
+        for nt in range(2):
+            at = 8 * block + 4 * nt
+            out = ptx.mma_bf16(a, b[nt], b[nt + 2], tuple(acc[at + i] for i in range(4)))
+            for i in range(4):
+                acc[at + i] = out[i]
+
+    def accumulators(self, acc: cute.Tensor):
+        """A and M by block, and the four sums of squares."""
+        blocks = [[tuple(acc[8 * b + 4 * nt + i] for i in range(4)) for nt in range(2)] for b in range(6)]
+        return blocks[:3], blocks[3:], [acc[48 + i] for i in range(4)]
+
+    def decayed(self, k, q, x, ow, acc: cute.Tensor, s: int):
+        """k 2^x, q 2^x, k 2^-x and k 2^-x w of 16 tokens x 16 channels, x = G - p and w = 2^(G_C - p)."""
+        lk, lq, ki, kr = [], [], [], []
         for j in range(4):  # register j: rows (j % 2), channels 8 (j // 2)
-            x = [G[j // 2][2 * (j % 2) + i] + offset[j // 2][i] for i in range(2)]
-            up, down = [ptx.ex2(x[i]) for i in range(2)], [ptx.ex2(-x[i]) for i in range(2)]
+            e = x[j // 2][2 * (j % 2) : 2 * (j % 2) + 2]
+            up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
             kf, qf = (ptx.bf16_lo(k[j]), ptx.bf16_hi(k[j])), (ptx.bf16_lo(q[j]), ptx.bf16_hi(q[j]))
-            for i in range(2):
-                k2[j % 2] = ptx.fma(kf[i], kf[i], k2[j % 2])
-                q2[j % 2] = ptx.fma(qf[i], qf[i], q2[j % 2])
-            lk[j] = ptx.pack_bf16(kf[0] * up[0], kf[1] * up[1])
-            lq[j] = ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1])
-            ki[j] = ptx.pack_bf16(kf[0] * down[0], kf[1] * down[1])
-        return tuple(lk), tuple(lq), tuple(ki), k2, q2
+            at = 48 + 2 * s + j % 2
+            acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
+            kd = [kf[i] * down[i] for i in range(2)]
+            lk.append(ptx.pack_bf16(kf[0] * up[0], kf[1] * up[1]))
+            lq.append(ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1]))
+            ki.append(ptx.pack_bf16(*kd))
+            kr.append(ptx.pack_bf16(kd[0] * ow[j // 2][2], kd[1] * ow[j // 2][3]))
+        return tuple(lk), tuple(lq), tuple(ki), tuple(kr)
 
-    def shifted(self, x, sShift: Int32):
+    def shifted(self, x, shift):
         """x times a power of two for each channel: exact."""
-        s = (ptx.lds_u32(sShift), ptx.lds_u32(sShift + 16))
-        return tuple(ptx.mul_bf16x2(x[j], s[j // 2]) for j in range(4))
+        return tuple(ptx.mul_bf16x2(x[j], shift[j // 2]) for j in range(4))
 
     def quad_sum(self, x: Float32) -> Float32:
         x = x + cute.arch.shuffle_sync_bfly(x, 1)
         return x + cute.arch.shuffle_sync_bfly(x, 2)
 
     @cute.jit
-    def give(self, at: Int32, stride: cutlass.Constexpr[int], A, M, half: Int32):
-        """Leave the half sum that the other warp completes: 1 KiB, 16 bytes a lane at a time."""
-        if half == 0:
-            ptx.sts_f32x4(at, M[0])
-            ptx.sts_f32x4(at + 512, M[1])
-        else:
-            ptx.sts_f32x4(at + stride, A[0])
-            ptx.sts_f32x4(at + stride + 512, A[1])
+    def give(self, a_at: Int32, m_at: Int32, A, M, half: Int32):
+        """Leave the half sums that the other warp completes: 3 KiB, 16 bytes a lane at a time."""
+        for i in cutlass.range_constexpr(6):
+            if half == 0:
+                ptx.sts_f32x4(m_at + i * 512, M[i // 2][i % 2])
+            else:
+                ptx.sts_f32x4(a_at + i * 512, A[i // 2][i % 2])
 
-    def take(self, at: Int32, stride: int, X, half: Int32):
+    def take(self, at: Int32, X):
         """The sum of X and of what the other warp gave."""
-        at = at + (1 - half) * stride
-        return [[x + y for x, y in zip(X[nt], ptx.lds_f32x4(at + nt * 512), strict=True)] for nt in range(2)]
+        other = [ptx.lds_f32x4(at + i * 512) for i in range(6)]
+        cute.arch.sync_warp()
+        return [
+            [tuple(x + y for x, y in zip(X[b][nt], other[2 * b + nt], strict=True)) for nt in range(2)]
+            for b in range(3)
+        ]
 
     @cute.jit
-    def store_a(self, A, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], system: Int32, lane: Int32):
-        """Block (i, j) of Kd Ki^T, transposed, fp32, strictly lower."""
+    def store_a(self, A, system: Int32, lane: Int32):
+        """Kd Ki^T strictly below the diagonal, transposed, fp32; and its diagonal, which is |k|^2."""
         row, col = lane // 4, lane % 4 * 2
-        for nt in cutlass.range_constexpr(2):
-            for half in cutlass.range_constexpr(2):
-                r = row + 8 * half
-                at = system + (16 * j + 8 * nt + col) * A_ROW + (16 * i + r) * 4
-                for e in cutlass.range_constexpr(2):
-                    a = A[nt][2 * half + e]
+        for b in cutlass.range_constexpr(3):
+            i, j = BLOCKS[b]
+            for nt in cutlass.range_constexpr(2):
+                for e in cutlass.range_constexpr(4):
+                    r, c = row + 8 * (e // 2), 8 * nt + col + e % 2
+                    a = A[b][nt][e]
+                    if const_expr(i == j and nt == e // 2):
+                        if r == c:
+                            ptx.sts_f32(system + SQUARES + (16 * i + r) * 4, a)
                     if const_expr(i == j):
-                        a = a if 8 * nt + col + e < r else Float32(0.0)
-                    ptx.sts_f32(at + e * A_ROW, a)
+                        a = a if c < r else Float32(0.0)
+                    ptx.sts_f32(system + (16 * j + c) * A_ROW + (16 * i + r) * 4, a)
 
     @cute.jit
-    def store_m(self, M, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], sM: Int32, lane: Int32):
-        """Block (i, j) of M = lower(Qd Ki^T), bf16 (64-byte swizzle)."""
+    def store_m(self, M, sM: Int32, lane: Int32):
+        """M = lower(Qd Ki^T), bf16 (64-byte swizzle)."""
         row, col = lane // 4, lane % 4 * 2
-        words = []
-        for nt in cutlass.range_constexpr(2):
-            for half in cutlass.range_constexpr(2):
-                r = row + 8 * half
-                m0, m1 = M[nt][2 * half], M[nt][2 * half + 1]
-                if const_expr(i == j):
-                    m0 = m0 if 8 * nt + col <= r else Float32(0.0)
-                    m1 = m1 if 8 * nt + col + 1 <= r else Float32(0.0)
-                words.append(ptx.pack_bf16(m0, m1))
-        self.store_tile(sM, i, j, words, lane)
+        for b in cutlass.range_constexpr(3):
+            i, j = BLOCKS[b]
+            words = []
+            for nt in cutlass.range_constexpr(2):
+                for half in cutlass.range_constexpr(2):
+                    r, c = row + 8 * half, 8 * nt + col
+                    m0, m1 = M[b][nt][2 * half], M[b][nt][2 * half + 1]
+                    if const_expr(i == j):
+                        m0 = m0 if c <= r else Float32(0.0)
+                        m1 = m1 if c + 1 <= r else Float32(0.0)
+                    words.append(ptx.pack_bf16(m0, m1))
+            self.store_tile(sM, i, j, words, lane)
+        self.store_tile(sM, 0, 1, [Uint32(0)] * 4, lane)
+
+    @cute.jit
+    def ones_if(self, condition: Boolean) -> Uint32:
+        e = Uint32(0)
+        if condition:
+            e = Uint32(0x3C003C00)
+        return e
 
     # ------------------------------------------------------------------ invert
 
     @cute.jit
     def invert(
-        self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, ready, a_full, a_empty,
+        self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, solved, a_full, a_empty,
         beta: Int64, cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
+        order: Int32,
     ):  # fmt: skip
-        """Two warps, every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
+        """One warp, or two with every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
 
         The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
         multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor
         cores, in bf16 high and low parts.
         """
         lane = cute.arch.lane_idx()
-        system = sSystems + which * SYSTEM
         n = Int32(0)
-        for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
-            start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
-            chunks = cute.ceil_div(tokens, C)
-            beta_at = (Int64(b) * T + start) * H + item % H
-            for c in cutlass.range((which + n) % SYSTEMS, chunks, SYSTEMS, unroll=1):
-                stage = (n + c) % self.stages
+        for turn in cutlass.range(self.turns(items), unroll=1):
+            _, h, _, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            first, end = n + ((which - n) & (self.inverters - 1)), n + cute.ceil_div(tokens, C)
+            beta_at = (Int64(b) * T + start - n * C) * H + h
+            tokens += n * C  # from the block's first chunk on, as c
+            next_beta = self.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
+            for c in cutlass.range(first, end, self.inverters, unroll=1):
+                stage, slot = c % self.stages, c % SYSTEMS
+                system = sSystems + slot * SYSTEM
                 norm_at = sTables + stage * TABLES + NORM
-                b_i = Float32(0.0)
-                if c * C + lane < tokens:
-                    b_i = self.beta(beta, beta_at + Int64(c * C + lane) * H, flags)
+                raw_beta = next_beta
+                next_beta = self.load_beta(beta, beta_at, H, (c + self.inverters) * C + lane, tokens, flags)
                 # what makes the stage's tables ours: `state` has left them, the loads have come
-                cute.arch.mbarrier_wait(raw_full + stage, ((n + c) // self.stages) & 1)
-                cute.arch.mbarrier_wait(a_full + which, ((n + c) // SYSTEMS) & 1)
+                cute.arch.mbarrier_wait(raw_full + stage, c // self.stages & 1)
+                cute.arch.mbarrier_wait(a_full + slot, c // SYSTEMS & 1)
                 at = system + SQUARES + lane * 4
-                rk = self.inverse_norm(ptx.lds_f32(at) + ptx.lds_f32(at + 2 * C * 4), flags)
-                rq = self.inverse_norm(ptx.lds_f32(at + C * 4) + ptx.lds_f32(at + 3 * C * 4), flags)
+                rk = self.inverse_norm(ptx.lds_f32(at), flags)
+                rq = self.inverse_norm(ptx.lds_f32(at + C * 4) + ptx.lds_f32(at + 2 * C * 4), flags)
+                b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
                 ptx.sts_f32(at, -rk * b_i)
                 cute.arch.sync_warp()
                 # lanes 0-15: T00, lanes 16-31: T11
                 block = lane // SUB * SUB
-                x = [Float32(0.0)] * SUB
-                for j in cutlass.range_constexpr(SUB):
-                    # x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i
-                    delta = Float32(1.0) if lane - block == j else Float32(0.0)
-                    x_j = ptx.fma(x[j], ptx.lds_f32(system + SQUARES + (block + j) * 4), delta)
-                    y_j = x_j * ptx.lds_f32(norm_at + (block + j) * 4)
-                    for i4 in cutlass.range_constexpr((j + 1) // 4 * 4, SUB, 4):
-                        a = ptx.lds_f32x4(system + (block + j) * A_ROW + (block + i4) * 4)
-                        for i in cutlass.range_constexpr(max(i4, j + 1), i4 + 4):
-                            x[i] = ptx.fma(a[i - i4], y_j, x[i])
-                    x[j] = y_j * b_i
+                x = self.substitute(system, norm_at, block, lane - block, b_i)
                 cute.arch.sync_warp()
                 sT = ring + stage * self.stage_bytes + self.at_t
                 for j in cutlass.range_constexpr(SUB):
@@ -701,9 +841,37 @@ class KdaFwdSm90:
                 for i in cutlass.range_constexpr(4):
                     self.store_tile(sT, i // 2, i % 2, words[i], lane)
                 cute.arch.fence_view_async_shared()
-                cute.arch.mbarrier_arrive(a_empty + which)
-                cute.arch.mbarrier_arrive(ready + stage)
-            n += chunks
+                cute.arch.mbarrier_arrive(a_empty + slot)
+                cute.arch.mbarrier_arrive(solved + stage)
+            n = end
+
+    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32, beta: Float32):
+        """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i,
+        times |k_j|^-1 beta. Loads are a step ahead."""
+
+        def operands(j):
+            at = system + (block + j) * A_ROW + block * 4
+            column = [x for i in range((j + 1) // 4 * 4, SUB, 4) for x in ptx.lds_f32x4(at + i * 4)]
+            return (
+                ptx.lds_f32(system + SQUARES + (block + j) * 4), ptx.lds_f32(norm_at + (block + j) * 4),
+                column[(j + 1) % 4 :],
+            )  # fmt: skip
+
+        x = [Float32(0.0)] * SUB
+        ahead = operands(0)
+        for j in range(SUB):
+            factor, rk, column = ahead
+            if j + 1 < SUB:
+                ahead = operands(j + 1)
+            y = ptx.fma(x[j], factor, self.delta(unit, j)) * rk
+            for i in range(j + 1, SUB):
+                x[i] = ptx.fma(column[i - j - 1], y, x[i])
+            x[j] = y * beta
+        return x
+
+    @cute.jit
+    def delta(self, i: Int32, j: cutlass.Constexpr[int]) -> Float32:
+        return Float32(1.0) if i == j else Float32(0.0)
 
     def high_low(self, x):
         """Two fp32 numbers as bf16 pairs (high, low) with x = high + low to 16 bits."""
@@ -737,17 +905,16 @@ class KdaFwdSm90:
 
     @cute.jit
     def state(
-        self, wg: Int32, ring, out, sTables: Int32, ready, empty,
+        self, wg: Int32, ring, out, sTables: Int32, ready, solved, empty,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
         o_tma, tO, mO, initial_state: Int64, final_state: Int64, cu_seqlens: Int64, flags: Int32,
-        items: Int32, H: Int32, T: Int32,
+        items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens."""
         S = self.stages
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
-        row, col = lane // 4, lane % 4 * 2
-        v0 = wg * 64 + warp * 16 + row
+        col = lane % 4 * 2
 
         def operand_a(mma, k):
             return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
@@ -776,11 +943,12 @@ class KdaFwdSm90:
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
         stage, phase, buf = Int32(0), Int32(0), Int32(0)
 
-        for item in cutlass.range(cute.arch.block_idx()[0], items, cute.arch.grid_dim()[0], unroll=1):
-            start, tokens, b = self.sequence(item // H, cu_seqlens, flags, T)
-            h = item % H
+        for turn in cutlass.range(self.turns(items), unroll=1):
+            seq, h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            vs += wg  # the slice of 64 value rows
             chunks = cute.ceil_div(tokens, C)
-            self.load_state(acc_s, initial_state, item, v0, col, flags)
+            if tokens >= 0:
+                self.load_state(acc_s, initial_state, seq * H + h, vs, flags)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 cute.arch.mbarrier_wait(ready + stage, phase)
@@ -789,12 +957,12 @@ class KdaFwdSm90:
                 warpgroup.fence()
                 self.gemm(mma_ks, acc_ro, fS, bKQ[None, None, None, stage], True)
                 warpgroup.commit_group()
-                v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
-                v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
+                cute.arch.mbarrier_wait(solved + stage, phase)
                 warpgroup.wait_group(0)
-                self.scale_channels(acc_s, decay_at)
+                v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
+                v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 # R = V - diag(1/|k|) Kd S^T
                 r = []
                 for n8 in cutlass.range_constexpr(C // 8):
@@ -812,6 +980,7 @@ class KdaFwdSm90:
                 warpgroup.fence()
                 self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
                 warpgroup.commit_group()
+                self.scale_channels(acc_s, decay_at)
                 warpgroup.wait_group(0)
                 self.to_operand(acc_u, fU)
                 # O += M U, then S += U^T Kr behind it
@@ -829,28 +998,25 @@ class KdaFwdSm90:
                 o_at = o_row + buf * BOX + t_row + t_col
                 ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
                 ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
+                warpgroup.wait_group(0)
+                cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
                 cute.arch.fence_view_async_shared()
                 if warp == 0:
-                    cute.arch.cp_async_bulk_wait_group(
-                        0, read=True
-                    )  # the store before last is done with the other buffer
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has left the other buffer
                 cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
                 if tokens - c * C >= C:
                     if warp == 0:
-                        cute.copy(o_tma, sO_[None, wg * 2 + buf], gO_[None, c, wg])
+                        cute.copy(o_tma, sO_[None, wg * 2 + buf], gO_[None, c, vs])
                         cute.arch.cp_async_bulk_commit_group()
                 else:
-                    self.store_tail(o_row + buf * BOX, mO, start + c * C, tokens - c * C, h, b, wg, thread)
+                    self.store_tail(o_row + buf * BOX, mO, start + c * C, tokens - c * C, h, b, vs, thread)
                 buf ^= 1
-                warpgroup.wait_group(0)
-                if c == chunks - 1:
-                    self.scale_channels(acc_s, decay_at + D * 4)  # S 2^-f -> S
-                cute.arch.mbarrier_arrive(empty + stage)
                 stage += 1
                 if stage == S:
                     stage = Int32(0)
                     phase ^= 1
-            self.store_state(acc_s, final_state, item, v0, col, flags)
+            if tokens >= 0:
+                self.store_state(acc_s, final_state, seq * H + h, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def gemm(self, mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
@@ -874,53 +1040,54 @@ class KdaFwdSm90:
                 acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]
 
     @cute.jit
-    def load_state(self, acc: cute.Tensor, address: Int64, item: Int32, v0: Int32, col: Int32, flags: Int32):
+    def load_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, flags: Int32):
         for i in cutlass.range_constexpr(64):
             acc[i] = Float32(0.0)
         if address != 0:
             if (flags & INITIAL_BF16) != 0:
                 if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, self.state_tile(BFloat16, address, item, v0, col, True), True)
+                    self.copy_state(acc, address, nh, vs, BFloat16, True, True)
                 else:
-                    self.copy_state(acc, self.state_tile(BFloat16, address, item, v0, col, False), True)
+                    self.copy_state(acc, address, nh, vs, BFloat16, False, True)
             else:
                 if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, self.state_tile(Float32, address, item, v0, col, True), True)
+                    self.copy_state(acc, address, nh, vs, Float32, True, True)
                 else:
-                    self.copy_state(acc, self.state_tile(Float32, address, item, v0, col, False), True)
+                    self.copy_state(acc, address, nh, vs, Float32, False, True)
 
     @cute.jit
-    def store_state(self, acc: cute.Tensor, address: Int64, item: Int32, v0: Int32, col: Int32, flags: Int32):
+    def store_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, flags: Int32):
         if address != 0:
             if (flags & FINAL_BF16) != 0:
                 if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, self.state_tile(BFloat16, address, item, v0, col, True), False)
+                    self.copy_state(acc, address, nh, vs, BFloat16, True, False)
                 else:
-                    self.copy_state(acc, self.state_tile(BFloat16, address, item, v0, col, False), False)
+                    self.copy_state(acc, address, nh, vs, BFloat16, False, False)
             else:
                 if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, self.state_tile(Float32, address, item, v0, col, True), False)
+                    self.copy_state(acc, address, nh, vs, Float32, True, False)
                 else:
-                    self.copy_state(acc, self.state_tile(Float32, address, item, v0, col, False), False)
+                    self.copy_state(acc, address, nh, vs, Float32, False, False)
 
-    def state_tile(self, dtype, address: Int64, item: Int32, v0: Int32, col: Int32, v_first: bool) -> cute.Tensor:
-        """A lane's elements of one state in global memory, in the accumulators' order. Constant strides: one register
-        holds all 64 addresses."""
+    def copy_state(self, acc, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool, load: bool) -> None:
+        """A lane's elements of one state in global memory, in the accumulators' order: pairs of channels, which are
+        neighbours in memory if V comes first. Constant offsets from one address, made here of what nothing else shares:
+        hoisted out of the loops, the addresses of all cases were spilled."""
         sv, sk = (D, 1) if v_first else (1, D)
-        offset = Int64(item) * (D * D) + Int64(v0 * sv + col * sk)
-        ptr = cute.make_ptr(dtype, address + offset * (dtype.width // 8), cute.AddressSpace.gmem)
-        return cute.make_tensor(ptr, cute.make_layout((2, 2, D // 8), stride=(sk, 8 * sv, 8 * sk)))
-
-    def copy_state(self, acc: cute.Tensor, tile: cute.Tensor, load: bool) -> None:
-        for i in range(64):
+        size = dtype.width // 8
+        thread = ptx.thread()
+        v, k = vs * 64 + thread // 32 % 4 * 16 + thread % 32 // 4, thread % 4 * 2
+        base = ptx.address(address, nh, D * D * size) + Int64((v * sv + k * sk) * size)
+        for i in range(0, 64, 2):
+            at = base + (i // 2 % 2 * 8 * sv + i // 4 * 8 * sk) * size
             if load:
-                acc[i] = Float32(tile[i])
+                acc[i], acc[i + 1] = ptx.ldg_pair(at, sk * size, size)
             else:
-                tile[i] = acc[i].to(tile.element_type)
+                ptx.stg_pair(at, acc[i], acc[i + 1], sk * size, size)
 
     @cute.jit
     def store_tail(
-        self, sO: Int32, mO: cute.Tensor, token: Int32, valid: Int32, h: Int32, b: Int32, wg: Int32, thread: Int32
+        self, sO: Int32, mO: cute.Tensor, token: Int32, valid: Int32, h: Int32, b: Int32, vs: Int32, thread: Int32
     ):
         """The last, partial chunk: a TMA box would overwrite the next sequence."""
         for i in cutlass.range_constexpr(2):
@@ -929,7 +1096,7 @@ class KdaFwdSm90:
                 words = ptx.lds_u32x4(sO + r * 128 + ((piece ^ (r % 8)) * 16))
                 row = mO[token + r, None, h, b]
                 out = cute.make_tensor(
-                    cute.recast_ptr(row.iterator + (wg * 64 + piece * 8), dtype=Uint32), cute.make_layout(4)
+                    cute.recast_ptr(row.iterator + (vs * 64 + piece * 8), dtype=Uint32), cute.make_layout(4)
                 )
                 for w in cutlass.range_constexpr(4):
                     out[w] = words[w]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
@@ -67,6 +67,50 @@ def mma_bf16(a: U4, b0: Uint32, b1: Uint32, c: F4, *, loc=None, ip=None) -> F4:
 
 
 @dsl_user_op
+def mma_f16(a: U4, b0: Uint32, b1: Uint32, c: F4, *, loc=None, ip=None) -> F4:
+    """The same for fp16 operands."""
+    return _asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        [Float32] * 4, [*a, b0, b1, *c], "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", False, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def pack_f16(lo: Float32, hi: Float32, *, loc=None, ip=None) -> Uint32:
+    return _asm("cvt.rn.f16x2.f32 $0, $2, $1;", [Uint32], [lo, hi], "=r,f,f", False, loc, ip)
+
+
+@dsl_user_op
+def as_f32(x: Uint32, *, loc=None, ip=None) -> Float32:
+    return _asm("mov.b32 $0, $1;", [Float32], [x], "=f,r", False, loc, ip)
+
+
+@dsl_user_op
+def pow2(r: Float32, *, loc=None, ip=None) -> Float32:
+    """2^p for r = 1.5 * 2^23 + p, p an integer in [-127, 127]; 2^-127 is taken as 0."""
+    return _asm(
+        "{ .reg .b32 t; mov.b32 t, $1; shl.b32 t, t, 23; add.s32 t, t, 0x3f800000; mov.b32 $0, t; }",
+        [Float32], [r], "=f,f", False, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def pow2_difference(r: Float32, s: Float32, *, loc=None, ip=None) -> Float32:
+    """2^(r - s) for two such numbers."""
+    return _asm(
+        "{ .reg .b32 t, u; mov.b32 t, $1; mov.b32 u, $2; sub.s32 t, t, u; shl.b32 t, t, 23; add.s32 t, t, 0x3f800000; "
+        "mov.b32 $0, t; }",
+        [Float32], [r, s], "=f,f,f", False, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def maximum(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("max.f32 $0, $1, $2;", [Float32], [x, y], "=f,f,f", False, loc, ip)
+
+
+@dsl_user_op
 def pack_bf16(lo: Float32, hi: Float32, *, loc=None, ip=None) -> Uint32:
     return _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [Uint32], [lo, hi], "=r,f,f", False, loc, ip)
 
@@ -112,8 +156,77 @@ def round_even(x: Float32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
+def address(base: Int64, index: Int32, size: int, *, loc=None, ip=None) -> Int64:
+    """base + index * size, computed here and nowhere earlier."""
+    return _asm(f"mad.wide.s32 $0, $2, {size}, $1;", [Int64], [base, index], "=l,l,r", True, loc, ip)
+
+
+@dsl_user_op
+def thread(*, loc=None, ip=None) -> Int32:
+    """The thread's index, read here and nowhere earlier."""
+    return _asm("mov.u32 $0, %tid.x;", [Int32], [], "=r", True, loc, ip)
+
+
+@dsl_user_op
+def ldg_u16(at: Int64, *, loc=None, ip=None) -> Uint32:
+    return _asm("ld.global.u16 $0, [$1];", [Uint32], [at], "=r,l", True, loc, ip)
+
+
+@dsl_user_op
+def ldg_u32(at: Int64, *, loc=None, ip=None) -> Uint32:
+    return _asm("ld.global.b32 $0, [$1];", [Uint32], [at], "=r,l", True, loc, ip)
+
+
+@dsl_user_op
+def ldg_pair(at: Int64, stride: int, size: int, *, loc=None, ip=None) -> tuple[Float32, Float32]:
+    """Two elements from global memory, fp32 (size 4) or bf16 (2), `stride` bytes apart."""
+    if stride == size == 4:
+        return _asm("ld.global.v2.f32 {$0, $1}, [$2];", [Float32] * 2, [at], "=f,=f,l", True, loc, ip)
+    if stride == size == 2:
+        x = _asm("ld.global.b32 $0, [$1];", [Uint32], [at], "=r,l", True, loc, ip)
+        return bf16_lo(x, loc=loc, ip=ip), bf16_hi(x, loc=loc, ip=ip)
+    if size == 4:
+        text = f"ld.global.f32 $0, [$2]; ld.global.f32 $1, [$2 + {stride}];"
+    else:
+        text = (
+            f"{{ .reg .b16 x, y, z; mov.b16 z, 0; ld.global.b16 x, [$2]; ld.global.b16 y, [$2 + {stride}]; "
+            "mov.b32 $0, {z, x}; mov.b32 $1, {z, y}; }"
+        )
+    return _asm(text, [Float32] * 2, [at], "=&f,=f,l", True, loc, ip)
+
+
+@dsl_user_op
+def stg_pair(at: Int64, x: Float32, y: Float32, stride: int, size: int, *, loc=None, ip=None) -> None:
+    if stride == size == 4:
+        _asm("st.global.v2.f32 [$0], {$1, $2};", [], [at, x, y], "l,f,f,~{memory}", True, loc, ip)
+    elif stride == size == 2:
+        _asm("st.global.b32 [$0], $1;", [], [at, pack_bf16(x, y, loc=loc, ip=ip)], "l,r,~{memory}", True, loc, ip)
+    elif size == 4:
+        text = f"st.global.f32 [$0], $1; st.global.f32 [$0 + {stride}], $2;"
+        _asm(text, [], [at, x, y], "l,f,f,~{memory}", True, loc, ip)
+    else:
+        text = f"{{ .reg .b16 x, y; mov.b32 {{x, y}}, $1; st.global.b16 [$0], x; st.global.b16 [$0 + {stride}], y; }}"
+        _asm(text, [], [at, pack_bf16(x, y, loc=loc, ip=ip)], "l,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def lds_f32(address: Int32, *, loc=None, ip=None) -> Float32:
     return _asm("ld.shared.f32 $0, [$1];", [Float32], [address], "=f,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def lds_i32(address: Int32, *, loc=None, ip=None) -> Int32:
+    return _asm("ld.shared.b32 $0, [$1];", [Int32], [address], "=r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_i32(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
+    _asm("st.shared.b32 [$0], $1;", [], [address, x], "r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def prefetch_l2(at: Int64, size: Int32, *, loc=None, ip=None) -> None:
+    _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [at, size], "l,r", True, loc, ip)
 
 
 @dsl_user_op
@@ -149,9 +262,19 @@ def sts_u32(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def sts_zero16(address: Int32, *, loc=None, ip=None) -> None:
-    """16 bytes of zeros."""
-    _asm("st.shared.v4.b32 [$0], {0, 0, 0, 0};", [], [address], "r,~{memory}", True, loc, ip)
+def sts_16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
+    """x four times."""
+    _asm("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", [], [address, x], "r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_u32x4(address: Int32, x: U4, *, loc=None, ip=None) -> None:
+    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,r,r,r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def lds_u32x2(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32]:
+    return _asm("ld.shared.v2.b32 {$0, $1}, [$2];", [Uint32] * 2, [address], "=r,=r,r,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
@@ -162,17 +285,10 @@ def lds_u32x4(address: Int32, *, loc=None, ip=None) -> U4:
 
 
 @dsl_user_op
-def sts_bf16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
-    """The low 16 bits of x."""
-    _asm(
-        "{ .reg .b16 h, g; mov.b32 {h, g}, $1; st.shared.b16 [$0], h; }",
-        [],
-        [address, x],
-        "r,r,~{memory}",
-        True,
-        loc,
-        ip,
-    )
+def sts_high(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
+    """The upper 16 bits of x: x in bf16, if the rest is zero."""
+    text = "{ .reg .b16 h, g; mov.b32 {g, h}, $1; st.shared.b16 [$0], h; }"
+    _asm(text, [], [address, x], "r,f,~{memory}", True, loc, ip)
 
 
 @dsl_user_op

@@ -231,17 +231,26 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
     """A Hopper GPU whose kernel records its arguments, fills o with ones and final_state with twos."""
     calls: list[Any] = []
 
-    def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **options: Any
-    ) -> None:
-        calls.append((dict(q=q, k=k, v=v, g=g, beta=beta), options))
-        options["o"].fill_(1)
-        if options["final_state"] is not None:
-            options["final_state"].fill_(2)
+    def prepare(*of: torch.Tensor | None, **options: Any) -> Any:
+        def launch(*given: torch.Tensor | None) -> bool:
+            names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens".split()
+            x = dict(zip(names, given, strict=True))
+            if any(t is not None and t.data_ptr() % 16 for name, t in x.items() if name not in ("beta", "cu_seqlens")):
+                return False
+            calls.append(({name: x.pop(name) for name in names[:5]}, {**x, **options}))
+            o, final_state = given[5], given[7]
+            assert o is not None
+            o.fill_(1)
+            if final_state is not None:
+                final_state.fill_(2)
+            return True
+
+        return launch
 
     monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "NVIDIA H200"))
-    monkeypatch.setattr(ops, "_sm90", lambda: SimpleNamespace(forward=forward))
+    monkeypatch.setattr(ops, "_sm90", lambda: SimpleNamespace(prepare=prepare))
     monkeypatch.setattr(ops, "_copies_logged", set())
+    monkeypatch.setattr(ops, "_known", {})
     return calls
 
 
@@ -367,12 +376,13 @@ def test_kernel_gets_aligned_states_and_parameters(kernel: list[Any]) -> None:
     assert S is final_state and (final_state == 2).all()
 
 
-def test_kernel_gets_parameters_in_fp32_and_one_dimension(kernel: list[Any]) -> None:
-    A_log, dt_bias = torch.randn(1, 1, H, 1).to(bf16), torch.randn(H, D, dtype=fp64)
+def test_kernel_gets_contiguous_parameters_in_fp32(kernel: list[Any]) -> None:
+    A_log, dt_bias = torch.randn(1, 1, H, 1).to(bf16), torch.randn(D, H, dtype=fp64).T
     chunk_kda(**on_gpu(arguments(A_log=A_log, dt_bias=dt_bias)))
     options = kernel[0][1]
-    assert options["A_log"].dtype == fp32 and torch.equal(options["A_log"], A_log.flatten().float())
-    assert options["dt_bias"].dtype == fp32 and torch.equal(options["dt_bias"], dt_bias.flatten().float())
+    assert options["A_log"].dtype == fp32 and torch.equal(options["A_log"], A_log.float())
+    assert options["dt_bias"].dtype == fp32 and torch.equal(options["dt_bias"], dt_bias.float())
+    assert options["dt_bias"].is_contiguous()
 
 
 @pytest.mark.parametrize("state_v_first", [False, True])

@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from kda_cute import chunk_kda
+from kda_cute import chunk_kda, ops, sm90
 
 LENGTHS = (0, 1, 15, 16, 17, 32, 33, 0, 70, 200)
 H, D = 2, 128
@@ -48,11 +48,15 @@ def call(g_dtype: torch.dtype, in_kernel: bool, varlen: bool, state_dtype: torch
 
 def main() -> None:
     torch.manual_seed(0)
-    cases = itertools.product((torch.bfloat16, torch.float32), (True, False), (True, False))
-    for i, (g_dtype, in_kernel, varlen) in enumerate(cases):
+    cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), (True, False), (True, False))
+    for i, (split, g_dtype, in_kernel, varlen) in enumerate(cases):
+        sm90.v_split = lambda *_, split=split: split
+        ops._known.clear()
         state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
         error = call(g_dtype, in_kernel, varlen, state_dtype, state_v_first)
-        print(f"{g_dtype=} {in_kernel=} {varlen=} {state_dtype=} {state_v_first=} error {error:.1e}", flush=True)
+        print(
+            f"{split=} {g_dtype=} {in_kernel=} {varlen=} {state_dtype=} {state_v_first=} error {error:.1e}", flush=True
+        )
         assert error < BOUND
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 
-from kda_cute import contract
+from kda_cute import contract, ops
 from kda_cute.ops import chunk_kda, fwd
 from kda_cute.reference import chunked, recurrence
 from tests.gpu.oracle import BOUND, check_o, check_state, relative_error, truth
@@ -26,6 +27,17 @@ VARLEN = Case(11, (300, 0, 17, 1, 64, 130, 15), "int64", H=3, initial_state="fp3
 FIXED = Case(12, (257, 257), H=4, g_dtype="fp32", initial_state="bf16", final_state="new", state_v_first=True)
 LOG = Case(13, (65, 33, 200), "int32", H=2, gate="log", g_dtype="fp32", final_state="new", state_v_first=True)
 BOTH = pytest.mark.parametrize("case", [VARLEN, FIXED, LOG], ids=["varlen", "fixed", "log"])
+
+
+@pytest.fixture(scope="module", autouse=True, params=[1, 2], ids=["v_split=1", "v_split=2"])
+def v_split(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test with a head in one block and with one in two, whatever the heuristic would take."""
+    from kda_cute import sm90
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sm90, "v_split", lambda *_: request.param)
+        m.setattr(ops, "_known", {})
+        yield
 
 
 def run(call: Call, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:

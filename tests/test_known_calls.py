@@ -1,0 +1,374 @@
+"""A call like an earlier one is not checked again: what that lets through, and what it must not. Needs no GPU."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from kda_cute import contract, jit, ops, sm90
+from kda_cute.kernels.config import KdaFwdConfig
+from kda_cute.ops import chunk_kda, fwd
+from tests.strategies import Case
+from tests.test_contract import BAD, LOG, NOT_SERVED, SOFTPLUS, arguments, bf16, fp32, fp64, on_gpu, zeros
+
+H, D, T = 2, 128, 20
+FIXED = Case(1, (T,), H=H, initial_state="fp32")
+PACKED = Case(1, (7, 13), "int64", H=H, initial_state="fp32")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A Hopper GPU that notes each launch: the configuration and the arguments, of tensors the address and strides."""
+    calls: list[tuple[Any, ...]] = []
+
+    def load(config: KdaFwdConfig) -> Any:
+        return lambda *given: calls.append(
+            (config, *((x.data_ptr(), x.stride()) if isinstance(x, torch.Tensor) else x for x in given))
+        )
+
+    monkeypatch.setattr(jit, "load", load)
+    monkeypatch.setattr(sm90, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "NVIDIA H200"))
+    monkeypatch.setattr(ops, "_copies_logged", set())
+    monkeypatch.setattr(ops, "_known", {})
+    return calls
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each call that was checked."""
+    calls: list[None] = []
+    check_call = contract.check_call
+
+    def counted(*args: Any) -> Any:
+        calls.append(None)
+        return check_call(*args)
+
+    monkeypatch.setattr(contract, "check_call", counted)
+    return calls
+
+
+def full(case: Case, **changes: Any) -> dict[str, Any]:
+    """A call that brings its outputs along."""
+    states = dict(final_state=zeros(*case.state_shape, dtype=fp32))
+    return on_gpu(arguments(case, out=zeros(1, T, H, D), **states, **changes))
+
+
+def make_known(kwargs: dict[str, Any], launches: list[Any]) -> None:
+    """Two calls, so that the third takes the short way."""
+    for _ in range(2):
+        chunk_kda(**kwargs)
+    assert any(ops._known.values())
+    launches.clear()
+
+
+CALLS: dict[str, Any] = {
+    "fixed": lambda: full(FIXED),
+    "packed": lambda: full(PACKED),
+    "allocates": lambda: on_gpu(arguments(FIXED, output_final_state=True)),
+    "no states": lambda: on_gpu(arguments()),
+    "log decay": lambda: on_gpu(arguments(LOG)),
+    "state in place": lambda: {**(x := full(FIXED)), "final_state": x["initial_state"]},
+}
+
+
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
+def test_third_call_is_not_checked(make: Any, launches: list[Any], checks: list[None]) -> None:
+    kwargs = make()
+    o, S = zip(*(chunk_kda(**kwargs) for _ in range(5)), strict=True)
+    assert len(checks) == 2 and len(launches) == 5
+    given = kwargs.get("out"), kwargs.get("final_state")
+    for i in range(5):
+        assert o[i] is given[0] if given[0] is not None else o[i].shape == (1, T, H, D) and o[i].dtype == bf16
+        assert launches[i][5] == (o[i].data_ptr(), o[i].stride())
+        if kwargs.get("output_final_state"):
+            assert S[i].shape == (1, H, D, D) and S[i].dtype == fp32 and launches[i][10] == S[i].data_ptr()
+        else:
+            assert S[i] is given[1]
+    if given[0] is None:
+        assert len({x.data_ptr() for x in o}) == 5  # each call its own
+    else:
+        assert all(x == launches[0] for x in launches)
+
+
+def test_shapes_in_turn(launches: list[Any], checks: list[None]) -> None:
+    cases = Case(1, (5,), H=H), Case(1, (6,), H=H), Case(1, (2, 4), "int64", H=H), Case(1, (1, 2, 3), "int64", H=H)
+    for _ in range(4):
+        for case in cases:
+            chunk_kda(**on_gpu(arguments(case)))
+    assert len(checks) == 2 * len(cases) and len(launches) == 4 * len(cases)
+
+
+def test_fwd_is_known_too(launches: list[Any], checks: list[None]) -> None:
+    a = full(FIXED)
+    A_log, dt_bias = a["A_log"].requires_grad_(), a["dt_bias"].requires_grad_()
+    for _ in range(4):
+        fwd(a["q"], a["k"], a["v"], a["g"], a["beta"], 0.1, a["out"], A_log, dt_bias, -5.0)
+    assert len(checks) == 2 and len(launches) == 4 and launches[0] == launches[3]
+    with pytest.raises(NotImplementedError, match="A_log, dt_bias requires grad"):  # as ever outside of no_grad
+        chunk_kda(
+            a["q"], a["k"], a["v"], a["g"], a["beta"], 0.1, None, False, True, True, True, False, True, -5.0, True,
+            A_log=A_log, dt_bias=dt_bias, out=a["out"],
+        )  # fmt: skip
+
+
+# ---- what is refused, is refused after a good call
+
+
+FOR_THE_GPU = {
+    name: entry
+    for name, entry in BAD.items()
+    if entry[0] is not SOFTPLUS and name not in ("q-list", "backend-cute-cpu", "out-and-grad")
+    and not name.startswith(("cu_seqlens-start", "cu_seqlens-neg", "cu_seqlens-dec", "cu_seqlens-past"))
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case, changes, error, message", FOR_THE_GPU.values(), ids=FOR_THE_GPU)
+def test_error(case: Case, changes: dict[str, Any], error: type[Exception], message: str, launches: list[Any]) -> None:
+    good = arguments(case)
+    for name in changes.keys() & {"initial_state", "final_state", "out"}:  # so that a good call has it too
+        shape = (1, T, H, D) if name == "out" else case.state_shape
+        good[name] = zeros(*shape, dtype=bf16 if name == "out" else fp32)
+    make_known(on_gpu(good), launches)
+    with pytest.raises(error, match=message):
+        chunk_kda(**on_gpu({**good, **changes}))
+    assert not launches
+
+
+def test_not_a_tensor_in_place_of_q(launches: list[Any]) -> None:
+    kwargs = full(FIXED)
+    make_known(kwargs, launches)
+    with pytest.raises(TypeError, match="q is a list"):
+        chunk_kda(**{**kwargs, "q": [1.0]})
+
+
+@pytest.mark.parametrize("name", ["fp16", "g", "beta", "softplus", "unbounded"])
+def test_not_served(name: str, launches: list[Any]) -> None:
+    case, changes, message = NOT_SERVED[name]
+    make_known(on_gpu(arguments(LOG if name == "unbounded" else Case(1, (T,), H=H))), launches)
+    with pytest.raises(NotImplementedError, match=message):
+        chunk_kda(**on_gpu(arguments(case, **changes)))
+    assert not launches
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"])
+@pytest.mark.parametrize("how", ["same tensor", "gradients are on again"])
+def test_requires_grad(how: str, name: str, launches: list[Any]) -> None:
+    kwargs = full(FIXED)
+    if how == "same tensor":
+        make_known(kwargs, launches)
+        kwargs[name].requires_grad_()
+    else:
+        kwargs[name].requires_grad_()
+        with torch.no_grad():
+            make_known(kwargs, launches)
+    with pytest.raises(NotImplementedError, match=f"^{name} requires grad"):
+        chunk_kda(**kwargs)
+    assert not launches
+
+
+@pytest.mark.parametrize("name", ["k", "v", "g", "beta", "initial_state", "final_state", "out", "A_log", "cu_seqlens"])
+def test_tensor_that_changed_under_its_name(name: str, launches: list[Any]) -> None:
+    """The same objects, but one has another shape now."""
+    kwargs = full(PACKED)
+    make_known(kwargs, launches)
+    kwargs[name].resize_(0, *kwargs[name].shape)
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        chunk_kda(**kwargs)
+    assert not launches
+
+
+def test_check_of_values(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = full(PACKED)
+    make_known(kwargs, launches)
+    monkeypatch.setattr(contract, "CHECK_VALUES", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kwargs["cu_seqlens"][1] = T + 1
+    with pytest.raises(ValueError, match=r"cu_seqlens\[2\] is 20: must be at least"):
+        chunk_kda(**kwargs)
+    assert not launches
+
+
+def test_another_backend(launches: list[Any]) -> None:
+    kwargs = full(FIXED)
+    make_known(kwargs, launches)
+    chunk_kda(**kwargs, backend="reference")
+    assert not launches and not (kwargs["out"] == 0).all()
+    with pytest.raises(ValueError, match="backend is 'triton'"):
+        chunk_kda(**kwargs, backend="triton")
+    with pytest.raises(ValueError, match=r"backend is \['cute'\]"):
+        chunk_kda(**kwargs, backend=["cute"])
+
+
+# ---- what is served in another way, is
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values, strides and type at an address that is no multiple of 16."""
+    flat = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x.as_subclass(torch.Tensor))
+    assert flat.data_ptr() % 16 and flat.stride() == x.stride()
+    return flat.as_subclass(type(x))
+
+
+AT = dict(q=1, k=2, v=3, g=4, out=5, beta=6, A_log=7, dt_bias=8, initial_state=9, final_state=10, cu_seqlens=11)
+
+
+def address(launch: tuple[Any, ...], name: str) -> int:
+    return launch[AT[name]][0] if isinstance(launch[AT[name]], tuple) else launch[AT[name]]
+
+
+@pytest.mark.parametrize("name", sorted(AT.keys() - {"beta", "cu_seqlens"}))
+def test_odd_address(name: str, launches: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    kwargs = full(PACKED)
+    make_known(kwargs, launches)
+    x = shifted(kwargs[name])
+    with caplog.at_level(logging.WARNING, "kda_cute"):
+        for _ in range(3):
+            chunk_kda(**{**kwargs, name: x})
+    assert all(address(y, name) % 16 == 0 for y in launches) and len(launches) == 3
+    logged = [r.getMessage().split()[0] for r in caplog.records]
+    assert logged == ([] if name in ("A_log", "dt_bias") else [name])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "out", "initial_state", "cu_seqlens"])
+def test_odd_strides(name: str, launches: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    kwargs = full(PACKED)
+    make_known(kwargs, launches)
+    x = kwargs[name]
+    wide = torch.zeros(*x.shape, 2, dtype=x.dtype)[..., 0].as_subclass(type(x))
+    with caplog.at_level(logging.WARNING, "kda_cute"):
+        for _ in range(3):
+            chunk_kda(**{**kwargs, name: wide})
+    assert all(address(y, name) != wide.data_ptr() for y in launches) and len(launches) == 3
+    assert [r.getMessage().split()[0] for r in caplog.records] == [name]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "scale": dict(scale=0.25),
+    "lower_bound": dict(lower_bound=-1.0),
+    "l2norm": dict(use_qk_l2norm_in_kernel=False),
+    "beta sigmoid": dict(use_beta_sigmoid_in_kernel=False),
+    "negative eigenvalues": dict(allow_neg_eigval=True),
+    "layout": dict(state_v_first=True),
+    "gate": dict(use_gate_in_kernel=False, A_log=None, dt_bias=None),
+    "no A_log": dict(A_log=None),
+    "no dt_bias": dict(dt_bias=None),
+    "no initial_state": dict(initial_state=None),
+    "no final_state": dict(final_state=None),
+    "state in place": dict.fromkeys(("initial_state", "final_state"), zeros(2, H, D, D, dtype=fp32)),
+    "initial_state": dict(initial_state=zeros(2, H, D, D)),
+    "final_state": dict(final_state=zeros(2, H, D, D)),
+    "g": dict(g=zeros(1, T, H, D, dtype=fp32)),
+    "beta": dict(beta=zeros(1, T, H, dtype=fp32)),
+    "cu_seqlens": dict(cu_seqlens=torch.tensor([0, 7, T], dtype=torch.int32)),
+    "more sequences": dict(
+        cu_seqlens=torch.tensor([0, 7, 9, T]), initial_state=zeros(3, H, D, D), final_state=zeros(3, H, D, D)
+    ),
+    "strides": dict(k=zeros(1, T, H, 3 * D)[..., D : 2 * D]),
+    "flags that are no bool": dict(use_qk_l2norm_in_kernel=torch.tensor(False), use_beta_sigmoid_in_kernel=0),
+    "old name of the layout": dict(transpose_state_layout=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:transpose_state_layout:DeprecationWarning")
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_change_takes_effect(changes: dict[str, Any], launches: list[Any]) -> None:
+    """A changed call, between known ones and known itself, launches what it launches when nothing is known."""
+    kwargs = full(PACKED, scale=0.5, allow_neg_eigval=False)
+    changed = {**kwargs, **changes}
+    chunk_kda(**changed)
+    chunk_kda(**kwargs)
+    expected, plain = launches
+    assert expected != plain
+    ops._known.clear()
+    make_known(kwargs, launches)
+    for _ in range(4):
+        chunk_kda(**changed)
+        chunk_kda(**kwargs)
+    assert launches == [expected, plain] * 4
+
+
+def test_outputs_given_and_not(launches: list[Any]) -> None:
+    kwargs = full(FIXED)
+    for _ in range(4):
+        for changes in (
+            {},
+            dict(out=None),
+            dict(final_state=None),
+            dict(final_state=None, output_final_state=True),
+            dict(out=None, final_state=None, output_final_state=True),
+        ):
+            asked: dict[str, Any] = {**kwargs, **changes}
+            o, S = chunk_kda(**asked)
+            assert o is asked["out"] or asked["out"] is None and o is not kwargs["out"]
+            assert S is asked["final_state"] or asked["output_final_state"] and S is not None
+            assert address(launches[-1], "out") == o.data_ptr()
+            assert address(launches[-1], "final_state") == (0 if S is None else S.data_ptr())
+
+
+def test_gate_without_parameters(launches: list[Any]) -> None:
+    kwargs = full(FIXED, A_log=None, dt_bias=None)
+    for _ in range(4):
+        chunk_kda(**kwargs)
+        chunk_kda(**{**kwargs, "use_gate_in_kernel": False})
+    assert [x[0].gate for x in launches] == ["safe", "log"] * 4
+
+
+def test_flag_that_changes_its_mind(launches: list[Any]) -> None:
+    flag = torch.tensor(True)
+    kwargs = full(FIXED, use_qk_l2norm_in_kernel=flag)
+    make_known(kwargs, launches)
+    chunk_kda(**kwargs)
+    flag.zero_()
+    chunk_kda(**kwargs)
+    assert launches[0] != launches[1]
+
+
+def test_fp64_parameters_are_converted_in_every_call(launches: list[Any]) -> None:
+    kwargs = full(FIXED)
+    make_known(kwargs, launches)
+    for _ in range(3):
+        chunk_kda(**{**kwargs, "A_log": kwargs["A_log"].to(fp64)})
+    assert all(x[7] != kwargs["A_log"].data_ptr() for x in launches)
+
+
+def test_configuration_follows_the_call(launches: list[Any]) -> None:
+    for gate, case in (("safe", Case(1, (T,), H=H)), ("log", LOG)):
+        for g_dtype, name in ((bf16, "bf16"), (fp32, "fp32")):
+            for _ in range(3):
+                chunk_kda(**on_gpu(arguments(case, g=zeros(1, T, H, D, dtype=g_dtype))))
+            assert {x[0] for x in launches} == {KdaFwdConfig(name, gate, 2)}  # few heads
+            launches.clear()
+
+
+# ---- what it costs
+
+
+def test_memory_is_bounded(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "KNOWN_MAX", 3)
+    for scale in range(1, 20):
+        for _ in range(2):
+            chunk_kda(**full(FIXED, scale=scale))
+        assert len(ops._known) <= 3
+    assert launches[-1][13] == 19
+
+
+def test_no_tensor_is_kept(launches: list[Any]) -> None:
+    kwargs = full(PACKED)
+    make_known(kwargs, launches)
+    watched = [weakref.ref(x) for x in kwargs.values() if isinstance(x, torch.Tensor)]
+    assert len(watched) == 11
+    del kwargs
+    assert not any(ref() is not None for ref in watched)
+
+
+def test_torch_without_its_guards(launches: list[Any], checks: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "TensorGuards", None)
+    for _ in range(4):
+        chunk_kda(**full(FIXED))
+    assert len(launches) == len(checks) == 4
