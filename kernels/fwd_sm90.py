@@ -7,7 +7,7 @@ through a ring of stages in shared memory. docs/kernel.md says why it is as it i
     gates     two warps           g -> gate, fp16, in place; anchors of each channel
     prepare   pairs of warps,     q, k, gate -> Qd, Kd, Kr in place; M; A -> `invert`
               a chunk each
-    invert    one or two warps    T = (I + A)^-1
+    invert    one or two warps    T = (I + A)^-1 diag(beta), with norms
     state     a warpgroup for     S in registers: WGMMA; o -> TMA store
               each 64 rows of V
 
@@ -53,7 +53,7 @@ EPS = 1e-6  # of the l2 norm, as in fla
 
 C = 32  # tokens in a chunk
 SORTED = 128  # at most so many sequences are sorted by length; of more, each is a small part of the work
-SUB = 16  # tokens with one anchor: 16 * 5 nats stay inside fp32's and bf16's exponent range
+SUB = 16  # tokens with one anchor: 8 * 5 nats either way of it stay far inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
 # Named barriers: one for each pair of `prepare`'s warps, one for each state warpgroup.
@@ -68,7 +68,7 @@ TABLES = NORM + 2 * C * 4
 SYSTEMS = 2  # one for each warp of `invert`
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
-SYSTEM = SQUARES + 4 * C * 4
+SYSTEM = SQUARES + 3 * C * 4
 ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
 # fp16 holds gates as multiples of these
@@ -185,7 +185,7 @@ class KdaFwdSm90:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(gated + s, 64)
+                    cute.arch.mbarrier_init(gated + s, 64)  # the gate warps, if there are any
                     cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
                     cute.arch.mbarrier_init(solved + s, 32)
                     cute.arch.mbarrier_init(empty + s, 128 * self.state_wgs)
@@ -206,7 +206,7 @@ class KdaFwdSm90:
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    initial_state, cu_seqlens, flags, items, H, T, order,
+                    cu_seqlens, flags, items, H, T, order,
                 )  # fmt: skip
             elif warp <= self.inverters:
                 self.invert(
@@ -221,7 +221,7 @@ class KdaFwdSm90:
         elif warp < 4 + 4 * self.prepare_wgs:
             cute.arch.setmaxregister_increase(self.regs_prepare)
             self.prepare(
-                warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, a_full, a_empty,
+                warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
                 A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T, order,
             )  # fmt: skip
         else:
@@ -318,7 +318,7 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        initial_state: Int64, cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
+        cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
         """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
         S = self.stages
@@ -331,11 +331,7 @@ class KdaFwdSm90:
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
         stage, phase = Int32(0), Int32(1)
         for turn in cutlass.range(self.turns(items), unroll=1):
-            seq, h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
-            if (initial_state != 0) & (tokens >= 0) & (vs == 0):  # into L2, while `state` is at the items before
-                size = D * D * (2 if (flags & INITIAL_BF16) != 0 else 4)
-                with cute.arch.elect_one():
-                    ptx.prefetch_l2(initial_state + Int64(seq * H + h) * size, Int32(size))
+            _, h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
             sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
@@ -367,7 +363,7 @@ class KdaFwdSm90:
     ):  # fmt: skip
         """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was; anchors of each channel.
 
-        The log2 decay is lam times the factor. Its relative error in fp16 is 2^-12, so 2^G errs by 2^-12 / e at most.
+        The log2 decay is lam times the factor, whose relative error in fp16 is 2^-11 at most: 2^G errs by 2^-11 / e.
         """
         S = self.stages
         lane = cute.arch.lane_idx()
@@ -392,10 +388,10 @@ class KdaFwdSm90:
         folded into 2^15 sigmoid = 1 / (2^-15 + 2^(slope g + bias))."""
         slope = Float32(G_SCALE)
         if const_expr(self.config.gate == "safe"):
-            slope = Float32(-LOG2_E)
+            slope = Float32(1.0)
             if A_log != 0:
-                slope = -LOG2_E * cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
-                slope = cutlass.min(slope, Float32(-1e-37))  # so that -inf still is no decay (see clear_gate)
+                slope = cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
+            slope = cutlass.min(-LOG2_E * slope, Float32(-1e-37))  # -inf is no decay even so (see clear_gate)
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2):
                 bias = Float32(-SIGMOID_BITS)
@@ -416,8 +412,9 @@ class KdaFwdSm90:
         if tokens < C:
             self.clear_gate(lane, tokens, sG)
             cute.arch.sync_warp()
-        tile = sG + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16  # see prepare
-        # Sums over the first 8 tokens and over all 16, of 16-channel column kk in accumulator columns 2 kk and 2 kk + 1
+        tile = sG + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16  # of 16 x 16 tiles, see prepare
+        # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1: an
+        # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
         step = self.g_boxes // 2  # 16-channel columns at a time: a box of g, at least
         ahead = step if self.g_type is BFloat16 else 0  # bf16: the next column is loaded before this one is stored
@@ -496,9 +493,9 @@ class KdaFwdSm90:
         """Integer anchors p0, p1 of a channel's two blocks, near G of their middle tokens, and what depends on them. G
         counts from the chunk's start.
 
-        Three tables at `at`, of 32 pairs of channels each, 512 bytes apart: fp32 -p0, -p0', 2^(G_C - p0), the other's;
-        the same of block 1: G's start - p1, 2^(G_C - p1); bf16 pairs 2^p0, 2^(p1 - p0), 2^p1, -. 2^G_C, the decay of
-        the chunk, goes to `decay`.
+        Three tables at `at`, of 32 pairs of channels each, 512 bytes apart. fp32: what makes G - p0 of a sum from the
+        chunk's start, for both channels, then 2^(G_C - p0); the same for p1 and a sum from block 1's start. bf16 pairs:
+        2^p0, 2^(p1 - p0), 2^p1, nothing. 2^G_C, the decay of the chunk, goes to `decay`.
         """
         total0 = lam * total[0]
         end = ptx.fma(lam, total[1], total0)
@@ -519,7 +516,7 @@ class KdaFwdSm90:
     @cute.jit
     def prepare(
         self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32,
-        raw_full, gated, ready, a_full, a_empty,
+        raw_full, gated, ready, solved, a_full, a_empty,
         A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
         items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
@@ -579,6 +576,11 @@ class KdaFwdSm90:
                 A, M, q2 = self.accumulators(acc)
 
                 # `invert` takes A and the squares from one of its buffers
+                if const_expr(
+                    P > SYSTEMS
+                ):  # other pairs use it too: a phase says whose turn it is only to who is not late
+                    if c >= P:
+                        self.wait(solved + (c - P) % S, (c - P) // S & 1, lane, items)
                 self.wait(a_empty + slot, c // SYSTEMS & 1 ^ 1, lane, items)
                 for i in cutlass.range_constexpr(4):
                     q_sum = self.quad_sum(q2[i])

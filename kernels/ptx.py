@@ -151,11 +151,6 @@ def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
-def round_even(x: Float32, *, loc=None, ip=None) -> Float32:
-    return _asm("cvt.rni.f32.f32 $0, $1;", [Float32], [x], "=f,f", False, loc, ip)
-
-
-@dsl_user_op
 def address(base: Int64, index: Int32, size: int, *, loc=None, ip=None) -> Int64:
     """base + index * size, computed here and nowhere earlier."""
     return _asm(f"mad.wide.s32 $0, $2, {size}, $1;", [Int64], [base, index], "=l,l,r", True, loc, ip)
@@ -225,11 +220,6 @@ def sts_i32(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def prefetch_l2(at: Int64, size: Int32, *, loc=None, ip=None) -> None:
-    _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [at, size], "l,r", True, loc, ip)
-
-
-@dsl_user_op
 def lds_f32x2(address: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32]:
     return _asm("ld.shared.v2.f32 {$0, $1}, [$2];", [Float32] * 2, [address], "=f,=f,r,~{memory}", True, loc, ip)
 
@@ -252,24 +242,9 @@ def sts_f32(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def sts_f32x2(address: Int32, x: Float32, y: Float32, *, loc=None, ip=None) -> None:
-    _asm("st.shared.v2.f32 [$0], {$1, $2};", [], [address, x, y], "r,f,f,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def sts_u32(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
-    _asm("st.shared.b32 [$0], $1;", [], [address, x], "r,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
 def sts_16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
     """x four times."""
     _asm("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", [], [address, x], "r,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def sts_u32x4(address: Int32, x: U4, *, loc=None, ip=None) -> None:
-    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,r,r,r,r,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
