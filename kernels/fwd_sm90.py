@@ -98,7 +98,7 @@ class KdaFwdSm90:
         self.state_wgs = self.v_boxes
         self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
         # registers a lane; the sum over warpgroups is at most 512, what an SM has
-        self.regs_load, self.regs_prepare, self.regs_state = (64, 128, 160) if config.v_split == 1 else (64, 136, 160)
+        self.regs_load, self.regs_prepare, self.regs_state = (64, 128, 160) if config.v_split == 1 else (80, 128, 176)
 
     # ------------------------------------------------------------------ host side
 
@@ -413,7 +413,7 @@ class KdaFwdSm90:
             self.clear_gate(lane, tokens, sG)
             cute.arch.sync_warp()
         tile = sG + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16  # of 16 x 16 tiles, see prepare
-        # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1: an
+        # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
         # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
         step = self.g_boxes // 2  # 16-channel columns at a time: a box of g, at least
