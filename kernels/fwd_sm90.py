@@ -7,7 +7,7 @@ through a ring of stages in shared memory. docs/kernel.md says why it is as it i
     gates     two warps           g -> gate, fp16, in place; anchors of each channel
     prepare   pairs of warps,     q, k, gate -> Qd, Kd, Kr in place; M; A -> `invert`
               a chunk each
-    invert    one or two warps    T = (I + A)^-1 diag(beta), with norms
+    invert    one or two warps    T = (I + A)^-1
     state     a warpgroup for     S in registers: WGMMA; o -> TMA store
               each 64 rows of V
 
@@ -21,8 +21,8 @@ With S [V, K] the state before the chunk and G_i the log2 decay summed over toke
 integer anchor p in the middle of each 16-token block (at most 58 either way), and moving from one anchor to another is
 an exact multiplication by a power of two.
 
-The norms of q and k never touch the tiles: 1 / |k_i| multiplies rows of A and T and the product Kd S^T, scale / |q_i|
-multiplies o_i.
+The norms of q and k never touch the tiles: 1 / |k_i| multiplies rows and columns of A, the product Kd S^T and U,
+scale / |q_i| multiplies o_i.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ PAIR_BAR, STATE_BAR = 1, 5
 AT_KQ, AT_G = 0, 4 * BOX  # in a stage of the ring; what follows g depends on its dtype
 # Tables of a stage, in bytes from its start.
 DECAY = 0  # fp32 [128]: 2^G_C
-NORM = D * 4  # fp32 [2, 32]: 1 / |k_i|, scale / |q_i|
-TABLES = NORM + 2 * C * 4
+NORM = D * 4  # fp32 [4, 32]: 1 / |k_i|, scale / |q_i|, beta_i, beta_i / |k_i|
+TABLES = NORM + 4 * C * 4
 # The linear systems on their way from `prepare` to `invert`.
 SYSTEMS = 2  # one for each warp of `invert`
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
@@ -98,7 +98,7 @@ class KdaFwdSm90:
         self.state_wgs = self.v_boxes
         self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
         # registers a lane; the sum over warpgroups is at most 512, what an SM has
-        self.regs_load, self.regs_prepare, self.regs_state = (64, 128, 160) if config.v_split == 1 else (80, 128, 176)
+        self.regs_load, self.regs_prepare, self.regs_state = (64, 128, 160) if config.v_split == 1 else (64, 136, 160)
 
     # ------------------------------------------------------------------ host side
 
@@ -253,7 +253,7 @@ class KdaFwdSm90:
 
     @cute.jit
     def work(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
-        """A block's work in a turn: (sequence, head, slice of V, first token, tokens, batch); -1 tokens: no work.
+        """A block's work in a turn: (sequence, head, slice of V, first token, tokens, batch, whether there is any).
 
         Turns run to and fro over the blocks: who got the longest of one gets the shortest of the next."""
         block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
@@ -266,8 +266,8 @@ class KdaFwdSm90:
             seq = ptx.lds_i32(order + seq * 4)
         start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
         if at >= items:
-            tokens = Int32(-1)
-        return seq, nh % H, at % self.config.v_split, start, tokens, b
+            tokens = Int32(0)
+        return seq, nh % H, at % self.config.v_split, start, tokens, b, at < items
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
@@ -331,7 +331,7 @@ class KdaFwdSm90:
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
         stage, phase = Int32(0), Int32(1)
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            _, h, vs, start, tokens, b, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
             sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
@@ -370,7 +370,7 @@ class KdaFwdSm90:
         bias_at = sBias + half * 256
         stage, phase = Int32(0), Int32(0)
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            _, h, _, _, tokens, _, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 sStage = ring + stage * self.stage_bytes
@@ -544,7 +544,7 @@ class KdaFwdSm90:
 
         n = Int32(0)  # chunks of the items before
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            _, h, _, _, tokens, _, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             first, end = n + ((pair - n) & (P - 1)), n + cute.ceil_div(tokens, C)
             slope = Float32(0.0)
             if const_expr(self.gate_warps == 0):
@@ -780,7 +780,7 @@ class KdaFwdSm90:
         beta: Int64, cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
         order: Int32,
     ):  # fmt: skip
-        """One warp, or two with every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
+        """One warp, or two with every other chunk each: T = (I + A)^-1 of the normed A.
 
         The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
         multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor
@@ -789,7 +789,7 @@ class KdaFwdSm90:
         lane = cute.arch.lane_idx()
         n = Int32(0)
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, _, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            _, h, _, start, tokens, b, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             first, end = n + ((which - n) & (self.inverters - 1)), n + cute.ceil_div(tokens, C)
             beta_at = (Int64(b) * T + start - n * C) * H + h
             tokens += n * C  # from the block's first chunk on, as c
@@ -809,11 +809,13 @@ class KdaFwdSm90:
                 b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
+                ptx.sts_f32(norm_at + (2 * C + lane) * 4, b_i)
+                ptx.sts_f32(norm_at + (3 * C + lane) * 4, b_i * rk)
                 ptx.sts_f32(at, -rk * b_i)
                 cute.arch.sync_warp()
                 # lanes 0-15: T00, lanes 16-31: T11
                 block = lane // SUB * SUB
-                x = self.substitute(system, norm_at, block, lane - block, b_i)
+                x = self.substitute(system, norm_at, block, lane - block)
                 cute.arch.sync_warp()
                 sT = ring + stage * self.stage_bytes + self.at_t
                 for j in cutlass.range_constexpr(SUB):
@@ -825,8 +827,8 @@ class KdaFwdSm90:
                     r, c8 = row + e % 2 * 8, col + e // 2 * 8
                     t11.append(self.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
                     a_ij = ptx.lds_f32x2(system + r * A_ROW + (SUB + c8) * 4)
-                    rk_i = ptx.lds_f32x2(norm_at + (SUB + c8) * 4)
-                    a10.append(self.high_low((a_ij[0] * rk_i[0], a_ij[1] * rk_i[1])))
+                    f_i, rk_j = ptx.lds_f32x2(system + SQUARES + (SUB + c8) * 4), ptx.lds_f32(norm_at + r * 4)
+                    a10.append(self.high_low((a_ij[0] * f_i[0] * rk_j, a_ij[1] * f_i[1] * rk_j)))
                     t_jc = system + c8 * A_ROW + r * 4
                     t00.append(self.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
                 p = self.product(t11, a10)
@@ -838,7 +840,7 @@ class KdaFwdSm90:
                     t = system + r * A_ROW + c8 * 4
                     words[0].append(ptx.pack_bf16(*ptx.lds_f32x2(t)))
                     words[1].append(Uint32(0))
-                    words[2].append(ptx.pack_bf16(-t10[e // 2][e % 2 * 2], -t10[e // 2][e % 2 * 2 + 1]))
+                    words[2].append(ptx.pack_bf16(t10[e // 2][e % 2 * 2], t10[e // 2][e % 2 * 2 + 1]))
                     words[3].append(t11[e][0])
                 for i in cutlass.range_constexpr(4):
                     self.store_tile(sT, i // 2, i % 2, words[i], lane)
@@ -847,9 +849,9 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_arrive(solved + stage)
             n = end
 
-    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32, beta: Float32):
-        """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i,
-        times |k_j|^-1 beta. Loads are a step ahead."""
+    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32):
+        """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i.
+        Loads are a step ahead."""
 
         def operands(j):
             at = system + (block + j) * A_ROW + block * 4
@@ -865,10 +867,10 @@ class KdaFwdSm90:
             factor, rk, column = ahead
             if j + 1 < SUB:
                 ahead = operands(j + 1)
-            y = ptx.fma(x[j], factor, self.delta(unit, j)) * rk
+            x[j] = ptx.fma(x[j], factor, self.delta(unit, j))
+            y = x[j] * rk
             for i in range(j + 1, SUB):
                 x[i] = ptx.fma(column[i - j - 1], y, x[i])
-            x[j] = y * beta
         return x
 
     @cute.jit
@@ -946,10 +948,10 @@ class KdaFwdSm90:
         stage, phase, buf = Int32(0), Int32(0), Int32(0)
 
         for turn in cutlass.range(self.turns(items), unroll=1):
-            seq, h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            seq, h, vs, start, tokens, b, exists = self.work(turn, items, H, order, cu_seqlens, flags, T)
             vs += wg  # the slice of 64 value rows
             chunks = cute.ceil_div(tokens, C)
-            if tokens >= 0:
+            if exists:
                 self.load_state(acc_s, initial_state, seq * H + h, vs, flags)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
@@ -965,26 +967,31 @@ class KdaFwdSm90:
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-                # R = V - diag(1/|k|) Kd S^T
+                # R = diag(beta) (V - diag(1/|k|) Kd S^T)
                 r = []
                 for n8 in cutlass.range_constexpr(C // 8):
-                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
+                    beta, beta_rk = [ptx.lds_f32x2(norm_at + (i * C + n8 * 8) * 4) for i in (2, 3)]
                     for half in cutlass.range_constexpr(2):
                         w = v[2 * n8 + half]
-                        r0 = ptx.fma(-acc_ro[4 * n8 + 2 * half], rk[0], ptx.bf16_lo(w))
-                        r1 = ptx.fma(-acc_ro[4 * n8 + 2 * half + 1], rk[1], ptx.bf16_hi(w))
+                        r0 = ptx.fma(-acc_ro[4 * n8 + 2 * half], beta_rk[0], ptx.bf16_lo(w) * beta[0])
+                        r1 = ptx.fma(-acc_ro[4 * n8 + 2 * half + 1], beta_rk[1], ptx.bf16_hi(w) * beta[1])
                         r.append(ptx.pack_bf16(r0, r1))
                 # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
                 for i in cutlass.range_constexpr(C // 2):
                     acc_o[i] = acc_ro[C // 2 + i]
                 self.fill(fU, r)
-                # U = T R
+                # U = diag(1/|k|) T R: T has ones on its diagonal, which bf16 does not round
                 warpgroup.fence()
                 self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
                 warpgroup.commit_group()
                 self.scale_channels(acc_s, decay_at)
                 warpgroup.wait_group(0)
-                self.to_operand(acc_u, fU)
+                u = []
+                for n8 in cutlass.range_constexpr(C // 8):
+                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
+                    for half in cutlass.range_constexpr(2):
+                        u.append(ptx.pack_bf16(acc_u[4 * n8 + 2 * half] * rk[0], acc_u[4 * n8 + 2 * half + 1] * rk[1]))
+                self.fill(fU, u)
                 # O += M U, then S += U^T Kr behind it
                 warpgroup.fence()
                 self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
@@ -1017,7 +1024,7 @@ class KdaFwdSm90:
                 if stage == S:
                     stage = Int32(0)
                     phase ^= 1
-            if tokens >= 0:
+            if exists:
                 self.store_state(acc_s, final_state, seq * H + h, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
