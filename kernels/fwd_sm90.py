@@ -62,8 +62,8 @@ PAIR_BAR, STATE_BAR = 1, 5
 AT_KQ, AT_G = 0, 4 * BOX  # in a stage of the ring; what follows g depends on its dtype
 # Tables of a stage, in bytes from its start.
 DECAY = 0  # fp32 [128]: 2^G_C
-NORM = D * 4  # fp32 [4, 32]: 1 / |k_i|, scale / |q_i|, beta_i, beta_i / |k_i|
-TABLES = NORM + 4 * C * 4
+NORM = D * 4  # fp32 [3, 32]: 1 / |k_i|, scale / |q_i|, beta_i
+TABLES = NORM + 3 * C * 4
 # The linear systems on their way from `prepare` to `invert`.
 SYSTEMS = 2  # one for each warp of `invert`
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
@@ -780,11 +780,15 @@ class KdaFwdSm90:
         beta: Int64, cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
         order: Int32,
     ):  # fmt: skip
-        """One warp, or two with every other chunk each: T = (I + A)^-1 of the normed A.
+        """One warp, or two with every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
 
         The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
         multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor
         cores, in bf16 high and low parts.
+
+        Rounding T's diagonal to bf16 is an error of every update. With beta up to 2, whose updates hardly forget, it
+        shows: then T is (I + A)^-1, with ones on its diagonal, and `state` multiplies by the rest in fp32. That costs
+        5 % of the kernel's time, so only there.
         """
         lane = cute.arch.lane_idx()
         n = Int32(0)
@@ -810,12 +814,15 @@ class KdaFwdSm90:
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
                 ptx.sts_f32(norm_at + (2 * C + lane) * 4, b_i)
-                ptx.sts_f32(norm_at + (3 * C + lane) * 4, b_i * rk)
                 ptx.sts_f32(at, -rk * b_i)
+                # with beta up to 2, T is left bare, see below: factors of A10's rows and columns
+                bare = (flags & NEG_EIGVAL) != 0
+                ptx.sts_f32(at + C * 4, self.pick(bare, rk * b_i, rk))
+                ptx.sts_f32(at + 2 * C * 4, self.pick(bare, rk, Float32(1.0)))
                 cute.arch.sync_warp()
                 # lanes 0-15: T00, lanes 16-31: T11
                 block = lane // SUB * SUB
-                x = self.substitute(system, norm_at, block, lane - block)
+                x = self.substitute(system, norm_at, block, lane - block, bare, self.pick(bare, Float32(1.0), b_i))
                 cute.arch.sync_warp()
                 sT = ring + stage * self.stage_bytes + self.at_t
                 for j in cutlass.range_constexpr(SUB):
@@ -827,8 +834,9 @@ class KdaFwdSm90:
                     r, c8 = row + e % 2 * 8, col + e // 2 * 8
                     t11.append(self.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
                     a_ij = ptx.lds_f32x2(system + r * A_ROW + (SUB + c8) * 4)
-                    f_i, rk_j = ptx.lds_f32x2(system + SQUARES + (SUB + c8) * 4), ptx.lds_f32(norm_at + r * 4)
-                    a10.append(self.high_low((a_ij[0] * f_i[0] * rk_j, a_ij[1] * f_i[1] * rk_j)))
+                    f_i = ptx.lds_f32x2(system + SQUARES + (C + SUB + c8) * 4)
+                    f_j = ptx.lds_f32(system + SQUARES + (2 * C + r) * 4)
+                    a10.append(self.high_low((a_ij[0] * f_i[0] * f_j, a_ij[1] * f_i[1] * f_j)))
                     t_jc = system + c8 * A_ROW + r * 4
                     t00.append(self.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
                 p = self.product(t11, a10)
@@ -840,7 +848,7 @@ class KdaFwdSm90:
                     t = system + r * A_ROW + c8 * 4
                     words[0].append(ptx.pack_bf16(*ptx.lds_f32x2(t)))
                     words[1].append(Uint32(0))
-                    words[2].append(ptx.pack_bf16(t10[e // 2][e % 2 * 2], t10[e // 2][e % 2 * 2 + 1]))
+                    words[2].append(ptx.pack_bf16(-t10[e // 2][e % 2 * 2], -t10[e // 2][e % 2 * 2 + 1]))
                     words[3].append(t11[e][0])
                 for i in cutlass.range_constexpr(4):
                     self.store_tile(sT, i // 2, i % 2, words[i], lane)
@@ -849,9 +857,9 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_arrive(solved + stage)
             n = end
 
-    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32):
-        """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i.
-        Loads are a step ahead."""
+    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32, bare: Boolean, beta: Float32):
+        """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i,
+        times beta |k_j|^-1 unless bare. Loads are a step ahead."""
 
         def operands(j):
             at = system + (block + j) * A_ROW + block * 4
@@ -867,11 +875,16 @@ class KdaFwdSm90:
             factor, rk, column = ahead
             if j + 1 < SUB:
                 ahead = operands(j + 1)
-            x[j] = ptx.fma(x[j], factor, self.delta(unit, j))
-            y = x[j] * rk
+            x_j = ptx.fma(x[j], factor, self.delta(unit, j))
+            y = x_j * rk
             for i in range(j + 1, SUB):
                 x[i] = ptx.fma(column[i - j - 1], y, x[i])
+            x[j] = self.pick(bare, x_j, y) * beta
         return x
+
+    @cute.jit
+    def pick(self, condition: Boolean, x: Float32, y: Float32) -> Float32:
+        return x if condition else y
 
     @cute.jit
     def delta(self, i: Int32, j: cutlass.Constexpr[int]) -> Float32:
@@ -951,8 +964,7 @@ class KdaFwdSm90:
             seq, h, vs, start, tokens, b, exists = self.work(turn, items, H, order, cu_seqlens, flags, T)
             vs += wg  # the slice of 64 value rows
             chunks = cute.ceil_div(tokens, C)
-            if exists:
-                self.load_state(acc_s, initial_state, seq * H + h, vs, flags)
+            self.load_state(acc_s, initial_state, seq * H + h, vs, flags)  # of the last one, if there is no work
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 cute.arch.mbarrier_wait(ready + stage, phase)
@@ -967,31 +979,29 @@ class KdaFwdSm90:
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-                # R = diag(beta) (V - diag(1/|k|) Kd S^T)
-                r = []
+                # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
+                r = cute.make_rmem_tensor((C // 2,), Float32)
                 for n8 in cutlass.range_constexpr(C // 8):
-                    beta, beta_rk = [ptx.lds_f32x2(norm_at + (i * C + n8 * 8) * 4) for i in (2, 3)]
+                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
                     for half in cutlass.range_constexpr(2):
-                        w = v[2 * n8 + half]
-                        r0 = ptx.fma(-acc_ro[4 * n8 + 2 * half], beta_rk[0], ptx.bf16_lo(w) * beta[0])
-                        r1 = ptx.fma(-acc_ro[4 * n8 + 2 * half + 1], beta_rk[1], ptx.bf16_hi(w) * beta[1])
-                        r.append(ptx.pack_bf16(r0, r1))
+                        w, at = v[2 * n8 + half], 4 * n8 + 2 * half
+                        r[at] = ptx.fma(-acc_ro[at], rk[0], ptx.bf16_lo(w))
+                        r[at + 1] = ptx.fma(-acc_ro[at + 1], rk[1], ptx.bf16_hi(w))
+                if (flags & NEG_EIGVAL) != 0:
+                    self.scale_tokens(r, norm_at + 2 * C * 4)
                 # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
                 for i in cutlass.range_constexpr(C // 2):
                     acc_o[i] = acc_ro[C // 2 + i]
-                self.fill(fU, r)
-                # U = diag(1/|k|) T R: T has ones on its diagonal, which bf16 does not round
+                self.to_operand(r, fU)
+                # U = T R
                 warpgroup.fence()
                 self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
                 warpgroup.commit_group()
                 self.scale_channels(acc_s, decay_at)
                 warpgroup.wait_group(0)
-                u = []
-                for n8 in cutlass.range_constexpr(C // 8):
-                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
-                    for half in cutlass.range_constexpr(2):
-                        u.append(ptx.pack_bf16(acc_u[4 * n8 + 2 * half] * rk[0], acc_u[4 * n8 + 2 * half + 1] * rk[1]))
-                self.fill(fU, u)
+                if (flags & NEG_EIGVAL) != 0:
+                    self.scale_tokens(acc_u, norm_at)
+                self.to_operand(acc_u, fU)
                 # O += M U, then S += U^T Kr behind it
                 warpgroup.fence()
                 self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
@@ -1041,6 +1051,12 @@ class KdaFwdSm90:
     def to_operand(self, acc: cute.Tensor, frag: cute.Tensor) -> None:
         """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
         self.fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
+
+    def scale_tokens(self, acc: cute.Tensor, at: Int32) -> None:
+        for n8 in range(C // 8):
+            s = ptx.lds_f32x2(at + n8 * 32)
+            for i in range(4):
+                acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]
 
     def scale_channels(self, acc: cute.Tensor, at: Int32) -> None:
         for n8 in range(D // 8):
