@@ -3,8 +3,8 @@
 A thread block takes a (sequence, head) at a time, or a slice of V of one, and walks it in chunks of C = 32 tokens
 through a ring of stages in shared memory. docs/kernel.md says why it is as it is.
 
-    load      one warp            TMA: q, k, v, g of a chunk -> stage
-    gates     two warps           g -> gate, fp16, in place; anchors of each channel
+    load      one warp            TMA: q, k, v, g of a chunk -> stage; anchors of each channel
+    gates     two warps           g -> gate, fp16, in place
     prepare   pairs of warps,     q, k, gate -> Qd, Kd, Kr in place; M; A -> `invert`
               a chunk each
     invert    one or two warps    T = (I + A)^-1
@@ -177,15 +177,16 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         order = table(2 * SORTED * 4).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS), byte_alignment=8).iterator
-        raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
-        a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
+        bars = smem.allocate_tensor(Int64, cute.make_layout(6 * S + 2 * SYSTEMS), byte_alignment=8).iterator
+        raw_full, factored, gated, ready, solved, empty = (bars + i * S for i in range(6))
+        a_full, a_empty = bars + 6 * S, bars + 6 * S + SYSTEMS
 
         if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(gated + s, 64)  # the gate warps, if there are any
+                    cute.arch.mbarrier_init(factored + s, 64)  # the gate warps, if there are any
+                    cute.arch.mbarrier_init(gated + s, 32)  # `load`, which then makes the anchors
                     cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
                     cute.arch.mbarrier_init(solved + s, 32)
                     cute.arch.mbarrier_init(empty + s, 128 * self.state_wgs)
@@ -205,8 +206,8 @@ class KdaFwdSm90:
             cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
                 self.load(
-                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    cu_seqlens, flags, items, H, T, order,
+                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, sTables, raw_full, factored, gated, empty,
+                    lower_bound, cu_seqlens, flags, items, H, T, order,
                 )  # fmt: skip
             elif warp <= self.inverters:
                 self.invert(
@@ -215,7 +216,7 @@ class KdaFwdSm90:
                 )  # fmt: skip
             elif warp <= self.inverters + self.gate_warps:
                 self.gates(
-                    warp - 1 - self.inverters, ring.toint(), sTables, sBias, raw_full, gated,
+                    warp - 1 - self.inverters, ring.toint(), sTables, sBias, raw_full, factored,
                     A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T, order,
                 )  # fmt: skip
         elif warp < 4 + 4 * self.prepare_wgs:
@@ -317,10 +318,11 @@ class KdaFwdSm90:
 
     @cute.jit
     def load(
-        self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
+        self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, sTables: Int32, raw_full, factored, gated, empty,
+        lower_bound: Float32, cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
-        """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
+        """One warp: TMA of q, k, v, g for each chunk, boxes past the last token of the tensor arrive as zeros. It has
+        time for the anchors too, a chunk behind the loads."""
         S = self.stages
 
         def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
@@ -329,7 +331,8 @@ class KdaFwdSm90:
         bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
-        stage, phase = Int32(0), Int32(1)
+        lane = cute.arch.lane_idx()
+        m = Int32(0)  # chunks so far
         for turn in cutlass.range(self.turns(items), unroll=1):
             _, h, vs, start, tokens, b, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
@@ -337,7 +340,8 @@ class KdaFwdSm90:
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
             sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
+                stage = m % S
+                cute.arch.mbarrier_wait(empty + stage, m // S & 1 ^ 1)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
@@ -348,20 +352,23 @@ class KdaFwdSm90:
                     cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
                 for i in cutlass.range_constexpr(self.v_boxes):
                     cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
-                stage += 1
-                if stage == S:
-                    stage = Int32(0)
-                    phase ^= 1
+                if const_expr(self.gate_warps > 0):
+                    if m > 0:
+                        self.anchor(m - 1, ring.toint(), sTables, factored, gated, lower_bound, lane)
+                m += 1
+        if const_expr(self.gate_warps > 0):
+            if m > 0:
+                self.anchor(m - 1, ring.toint(), sTables, factored, gated, lower_bound, lane)
 
     # ------------------------------------------------------------------ gate
 
     @cute.jit
     def gates(
-        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
+        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, factored,
         A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
         items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
-        """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was; anchors of each channel.
+        """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was.
 
         The log2 decay is lam times the factor, whose relative error in fp16 is 2^-11 at most: 2^G errs by 2^-11 / e.
         """
@@ -376,7 +383,7 @@ class KdaFwdSm90:
                 sStage = ring + stage * self.stage_bytes
                 self.wait(raw_full + stage, phase, lane, items)
                 self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane)
-                cute.arch.mbarrier_arrive(gated + stage)
+                cute.arch.mbarrier_arrive(factored + stage)
                 stage += 1
                 if stage == S:
                     stage = Int32(0)
@@ -413,8 +420,6 @@ class KdaFwdSm90:
             self.clear_gate(lane, tokens, sG)
             cute.arch.sync_warp()
         tile = sG + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16  # of 16 x 16 tiles, see prepare
-        # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
-        # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
         step = self.g_boxes // 2  # 16-channel columns at a time: a box of g, at least
         ahead = step if self.g_type is BFloat16 else 0  # bf16: the next column is loaded before this one is stored
@@ -425,15 +430,39 @@ class KdaFwdSm90:
             words = self.factors(raw, slope, bias_at + lane // 4 * 4, kk0)
             if const_expr(ahead > 0 and kk0 + step < 4):
                 raw = self.raw_gates(sG, tile, kk0 + step, lane)
-            for i in cutlass.range_constexpr(2 * step):
-                w, kk = words[i], kk0 + i // 2
-                sums[i % 2] = ptx.mma_f16(
-                    (w[0], w[2], w[1], w[3]), self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1),
-                    sums[i % 2],
-                )  # fmt: skip
+            if const_expr(self.gate_warps == 0):
+                for i in cutlass.range_constexpr(2 * step):
+                    sums[i % 2] = self.token_sums(words[i], kk0 + i // 2, sums[i % 2], lane)
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2 * step):
                 ptx.stmatrix_x4((tile ^ ((kk0 + i // 2) * 32)) + i % 2 * 2048, words[i], trans=True)
+        if const_expr(self.gate_warps == 0):
+            self.anchor_tables(sums, half, sStage, tables, lower_bound, lane)
+
+    def token_sums(self, w, kk: int, acc, lane: Int32):
+        """Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
+        operand B has ones in these columns."""
+        ones = self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1)
+        return ptx.mma_f16((w[0], w[2], w[1], w[3]), *ones, acc)
+
+    @cute.jit
+    def anchor(self, m: Int32, ring: Int32, sTables: Int32, factored, gated, lower_bound: Float32, lane: Int32):
+        """The anchors of the block's m-th chunk, when its gates are made."""
+        stage = m % self.stages
+        sStage = ring + stage * self.stage_bytes
+        cute.arch.mbarrier_wait(factored + stage, m // self.stages & 1)
+        for half in cutlass.range_constexpr(2):
+            tile = sStage + AT_G + half * self.kr_half + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
+            sums = [(Float32(0.0),) * 4] * 2
+            for kk in cutlass.range_constexpr(4):
+                for s in cutlass.range_constexpr(2):
+                    w = ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True)
+                    sums[s] = self.token_sums(w, kk, sums[s], lane)
+            self.anchor_tables(sums, Int32(half), sStage, sTables + stage * TABLES, lower_bound, lane)
+        cute.arch.mbarrier_arrive(gated + stage)
+
+    @cute.jit
+    def anchor_tables(self, sums, half: Int32, sStage: Int32, tables: Int32, lower_bound: Float32, lane: Int32):
         lam = Float32(LOG2_E / G_SCALE)
         if const_expr(self.config.gate == "safe"):
             lam = lower_bound * (LOG2_E / SIGMOID_SCALE)
