@@ -54,7 +54,12 @@ def prepare(
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     split = v_split(B * T, n, H, sms)
     kernel = jit.load(
-        KdaFwdConfig("bf16" if g.dtype is torch.bfloat16 else "fp32", "safe" if use_gate_in_kernel else "log", split)
+        KdaFwdConfig(
+            "bf16" if g.dtype is torch.bfloat16 else "fp32",
+            "safe" if use_gate_in_kernel else "log",
+            split,
+            allow_neg_eigval,
+        )
     )
     flags = (
         L2NORM * use_qk_l2norm_in_kernel

@@ -27,15 +27,18 @@ class KdaFwdConfig:
         in [-5, 0].
     v_split: blocks that share a head, each with a slice of V. Of 2, both prepare every chunk, with two warpgroups
         instead of one, for one warpgroup of state instead of two.
+    neg_eigval: for beta up to 2: the inverse of the chunk's linear system keeps its diagonal of ones, the factors beta
+        and 1 / |k| stay in fp32 outside of it. Where updates do not forget, rounding them to bf16 shows; it costs 5 %.
     """
 
     g_dtype: Literal["bf16", "fp32"] = "bf16"
     gate: Literal["safe", "log"] = "safe"
     v_split: Literal[1, 2] = 1
+    neg_eigval: bool = False
 
     @property
     def name(self) -> str:
-        return f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}"
+        return f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}" + "_neg" * self.neg_eigval
 
     @property
     def stages(self) -> int:
@@ -61,7 +64,8 @@ def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
 
 def all_configs() -> list[KdaFwdConfig]:
     return [
-        KdaFwdConfig(g_dtype, gate, split)
+        KdaFwdConfig(g_dtype, gate, split, neg_eigval)
+        for neg_eigval in (False, True)
         for gate in ("safe", "log")
         for g_dtype in ("bf16", "fp32")
         for split in (1, 2)

@@ -3,8 +3,8 @@
 A thread block takes a (sequence, head) at a time, or a slice of V of one, and walks it in chunks of C = 32 tokens
 through a ring of stages in shared memory. docs/kernel.md says why it is as it is.
 
-    load      one warp            TMA: q, k, v, g of a chunk -> stage; anchors of each channel
-    gates     two warps           g -> gate, fp16, in place
+    load      one warp            TMA: q, k, v, g of a chunk -> stage
+    gates     two warps           g -> gate, fp16, in place; anchors of each channel
     prepare   pairs of warps,     q, k, gate -> Qd, Kd, Kr in place; M; A -> `invert`
               a chunk each
     invert    one or two warps    T = (I + A)^-1
@@ -177,16 +177,15 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         order = table(2 * SORTED * 4).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        bars = smem.allocate_tensor(Int64, cute.make_layout(6 * S + 2 * SYSTEMS), byte_alignment=8).iterator
-        raw_full, factored, gated, ready, solved, empty = (bars + i * S for i in range(6))
-        a_full, a_empty = bars + 6 * S, bars + 6 * S + SYSTEMS
+        bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS), byte_alignment=8).iterator
+        raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
+        a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
 
         if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(factored + s, 64)  # the gate warps, if there are any
-                    cute.arch.mbarrier_init(gated + s, 32)  # `load`, which then makes the anchors
+                    cute.arch.mbarrier_init(gated + s, 64)  # the gate warps, if there are any
                     cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
                     cute.arch.mbarrier_init(solved + s, 32)
                     cute.arch.mbarrier_init(empty + s, 128 * self.state_wgs)
@@ -206,8 +205,8 @@ class KdaFwdSm90:
             cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
                 self.load(
-                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, sTables, raw_full, factored, gated, empty,
-                    lower_bound, cu_seqlens, flags, items, H, T, order,
+                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
+                    cu_seqlens, flags, items, H, T, order,
                 )  # fmt: skip
             elif warp <= self.inverters:
                 self.invert(
@@ -216,7 +215,7 @@ class KdaFwdSm90:
                 )  # fmt: skip
             elif warp <= self.inverters + self.gate_warps:
                 self.gates(
-                    warp - 1 - self.inverters, ring.toint(), sTables, sBias, raw_full, factored,
+                    warp - 1 - self.inverters, ring.toint(), sTables, sBias, raw_full, gated,
                     A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T, order,
                 )  # fmt: skip
         elif warp < 4 + 4 * self.prepare_wgs:
@@ -253,8 +252,8 @@ class KdaFwdSm90:
             ptx.sts_i32(order + rank * 4, n)
 
     @cute.jit
-    def work(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
-        """A block's work in a turn: (sequence, head, slice of V, first token, tokens, batch, whether there is any).
+    def item(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64):
+        """A block's work in a turn: (sequence, head, slice of V, whether there is any).
 
         Turns run to and fro over the blocks: who got the longest of one gets the shortest of the next."""
         block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
@@ -263,12 +262,19 @@ class KdaFwdSm90:
             at = turn * blocks + blocks - 1 - block
         nh = cutlass.min(at, items - 1) // self.config.v_split
         seq = nh // H
+        h = nh % H
         if self.is_sorted(items, H, cu_seqlens):
             seq = ptx.lds_i32(order + seq * 4)
+        return seq, h, at % self.config.v_split, at < items
+
+    @cute.jit
+    def work(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
+        """The same with the sequence's tokens: (sequence, head, slice of V, first token, tokens, batch, exists)."""
+        seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
         start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
-        if at >= items:
+        if not exists:
             tokens = Int32(0)
-        return seq, nh % H, at % self.config.v_split, start, tokens, b, at < items
+        return seq, h, vs, start, tokens, b, exists
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
@@ -318,11 +324,10 @@ class KdaFwdSm90:
 
     @cute.jit
     def load(
-        self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, sTables: Int32, raw_full, factored, gated, empty,
-        lower_bound: Float32, cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
+        self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
+        cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
-        """One warp: TMA of q, k, v, g for each chunk, boxes past the last token of the tensor arrive as zeros. It has
-        time for the anchors too, a chunk behind the loads."""
+        """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
         S = self.stages
 
         def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
@@ -331,8 +336,7 @@ class KdaFwdSm90:
         bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
-        lane = cute.arch.lane_idx()
-        m = Int32(0)  # chunks so far
+        stage, phase = Int32(0), Int32(1)
         for turn in cutlass.range(self.turns(items), unroll=1):
             _, h, vs, start, tokens, b, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
@@ -340,8 +344,7 @@ class KdaFwdSm90:
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
             sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
-                stage = m % S
-                cute.arch.mbarrier_wait(empty + stage, m // S & 1 ^ 1)
+                cute.arch.mbarrier_wait(empty + stage, phase)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
@@ -352,23 +355,20 @@ class KdaFwdSm90:
                     cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
                 for i in cutlass.range_constexpr(self.v_boxes):
                     cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
-                if const_expr(self.gate_warps > 0):
-                    if m > 0:
-                        self.anchor(m - 1, ring.toint(), sTables, factored, gated, lower_bound, lane)
-                m += 1
-        if const_expr(self.gate_warps > 0):
-            if m > 0:
-                self.anchor(m - 1, ring.toint(), sTables, factored, gated, lower_bound, lane)
+                stage += 1
+                if stage == S:
+                    stage = Int32(0)
+                    phase ^= 1
 
     # ------------------------------------------------------------------ gate
 
     @cute.jit
     def gates(
-        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, factored,
+        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
         A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
         items: Int32, H: Int32, T: Int32, order: Int32,
     ):  # fmt: skip
-        """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was.
+        """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was; anchors of each channel.
 
         The log2 decay is lam times the factor, whose relative error in fp16 is 2^-11 at most: 2^G errs by 2^-11 / e.
         """
@@ -383,7 +383,7 @@ class KdaFwdSm90:
                 sStage = ring + stage * self.stage_bytes
                 self.wait(raw_full + stage, phase, lane, items)
                 self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane)
-                cute.arch.mbarrier_arrive(factored + stage)
+                cute.arch.mbarrier_arrive(gated + stage)
                 stage += 1
                 if stage == S:
                     stage = Int32(0)
@@ -420,6 +420,8 @@ class KdaFwdSm90:
             self.clear_gate(lane, tokens, sG)
             cute.arch.sync_warp()
         tile = sG + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16  # of 16 x 16 tiles, see prepare
+        # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
+        # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
         step = self.g_boxes // 2  # 16-channel columns at a time: a box of g, at least
         ahead = step if self.g_type is BFloat16 else 0  # bf16: the next column is loaded before this one is stored
@@ -430,39 +432,15 @@ class KdaFwdSm90:
             words = self.factors(raw, slope, bias_at + lane // 4 * 4, kk0)
             if const_expr(ahead > 0 and kk0 + step < 4):
                 raw = self.raw_gates(sG, tile, kk0 + step, lane)
-            if const_expr(self.gate_warps == 0):
-                for i in cutlass.range_constexpr(2 * step):
-                    sums[i % 2] = self.token_sums(words[i], kk0 + i // 2, sums[i % 2], lane)
+            for i in cutlass.range_constexpr(2 * step):
+                w, kk = words[i], kk0 + i // 2
+                sums[i % 2] = ptx.mma_f16(
+                    (w[0], w[2], w[1], w[3]), self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1),
+                    sums[i % 2],
+                )  # fmt: skip
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2 * step):
                 ptx.stmatrix_x4((tile ^ ((kk0 + i // 2) * 32)) + i % 2 * 2048, words[i], trans=True)
-        if const_expr(self.gate_warps == 0):
-            self.anchor_tables(sums, half, sStage, tables, lower_bound, lane)
-
-    def token_sums(self, w, kk: int, acc, lane: Int32):
-        """Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
-        operand B has ones in these columns."""
-        ones = self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1)
-        return ptx.mma_f16((w[0], w[2], w[1], w[3]), *ones, acc)
-
-    @cute.jit
-    def anchor(self, m: Int32, ring: Int32, sTables: Int32, factored, gated, lower_bound: Float32, lane: Int32):
-        """The anchors of the block's m-th chunk, when its gates are made."""
-        stage = m % self.stages
-        sStage = ring + stage * self.stage_bytes
-        cute.arch.mbarrier_wait(factored + stage, m // self.stages & 1)
-        for half in cutlass.range_constexpr(2):
-            tile = sStage + AT_G + half * self.kr_half + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
-            sums = [(Float32(0.0),) * 4] * 2
-            for kk in cutlass.range_constexpr(4):
-                for s in cutlass.range_constexpr(2):
-                    w = ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True)
-                    sums[s] = self.token_sums(w, kk, sums[s], lane)
-            self.anchor_tables(sums, Int32(half), sStage, sTables + stage * TABLES, lower_bound, lane)
-        cute.arch.mbarrier_arrive(gated + stage)
-
-    @cute.jit
-    def anchor_tables(self, sums, half: Int32, sStage: Int32, tables: Int32, lower_bound: Float32, lane: Int32):
         lam = Float32(LOG2_E / G_SCALE)
         if const_expr(self.config.gate == "safe"):
             lam = lower_bound * (LOG2_E / SIGMOID_SCALE)
@@ -816,8 +794,8 @@ class KdaFwdSm90:
         cores, in bf16 high and low parts.
 
         Rounding T's diagonal to bf16 is an error of every update. With beta up to 2, whose updates hardly forget, it
-        shows: then T is (I + A)^-1, with ones on its diagonal, and `state` multiplies by the rest in fp32. That costs
-        5 % of the kernel's time, so only there.
+        shows: there T is (I + A)^-1, bare, with ones on its diagonal, and `state` multiplies by the rest in fp32.
+        Everywhere, it would cost 5 % of the kernel's time.
         """
         lane = cute.arch.lane_idx()
         n = Int32(0)
@@ -842,16 +820,13 @@ class KdaFwdSm90:
                 b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
-                ptx.sts_f32(norm_at + (2 * C + lane) * 4, b_i)
                 ptx.sts_f32(at, -rk * b_i)
-                # with beta up to 2, T is left bare, see below: factors of A10's rows and columns
-                bare = (flags & NEG_EIGVAL) != 0
-                ptx.sts_f32(at + C * 4, self.pick(bare, rk * b_i, rk))
-                ptx.sts_f32(at + 2 * C * 4, self.pick(bare, rk, Float32(1.0)))
+                if const_expr(self.config.neg_eigval):
+                    ptx.sts_f32(norm_at + (2 * C + lane) * 4, b_i)
                 cute.arch.sync_warp()
                 # lanes 0-15: T00, lanes 16-31: T11
                 block = lane // SUB * SUB
-                x = self.substitute(system, norm_at, block, lane - block, bare, self.pick(bare, Float32(1.0), b_i))
+                x = self.substitute(system, norm_at, block, lane - block, b_i)
                 cute.arch.sync_warp()
                 sT = ring + stage * self.stage_bytes + self.at_t
                 for j in cutlass.range_constexpr(SUB):
@@ -863,9 +838,12 @@ class KdaFwdSm90:
                     r, c8 = row + e % 2 * 8, col + e // 2 * 8
                     t11.append(self.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
                     a_ij = ptx.lds_f32x2(system + r * A_ROW + (SUB + c8) * 4)
-                    f_i = ptx.lds_f32x2(system + SQUARES + (C + SUB + c8) * 4)
-                    f_j = ptx.lds_f32(system + SQUARES + (2 * C + r) * 4)
-                    a10.append(self.high_low((a_ij[0] * f_i[0] * f_j, a_ij[1] * f_i[1] * f_j)))
+                    rk_i = ptx.lds_f32x2(norm_at + (SUB + c8) * 4)
+                    a_ij = a_ij[0] * rk_i[0], a_ij[1] * rk_i[1]
+                    if const_expr(self.config.neg_eigval):
+                        beta_i, rk_j = ptx.lds_f32x2(norm_at + (2 * C + SUB + c8) * 4), ptx.lds_f32(norm_at + r * 4)
+                        a_ij = a_ij[0] * beta_i[0] * rk_j, a_ij[1] * beta_i[1] * rk_j
+                    a10.append(self.high_low(a_ij))
                     t_jc = system + c8 * A_ROW + r * 4
                     t00.append(self.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
                 p = self.product(t11, a10)
@@ -886,9 +864,9 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_arrive(solved + stage)
             n = end
 
-    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32, bare: Boolean, beta: Float32):
+    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32, beta: Float32):
         """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i,
-        times beta |k_j|^-1 unless bare. Loads are a step ahead."""
+        times beta |k_j|^-1 unless T is bare. Loads are a step ahead."""
 
         def operands(j):
             at = system + (block + j) * A_ROW + block * 4
@@ -908,12 +886,8 @@ class KdaFwdSm90:
             y = x_j * rk
             for i in range(j + 1, SUB):
                 x[i] = ptx.fma(column[i - j - 1], y, x[i])
-            x[j] = self.pick(bare, x_j, y) * beta
+            x[j] = x_j if self.config.neg_eigval else y * beta
         return x
-
-    @cute.jit
-    def pick(self, condition: Boolean, x: Float32, y: Float32) -> Float32:
-        return x if condition else y
 
     @cute.jit
     def delta(self, i: Int32, j: cutlass.Constexpr[int]) -> Float32:
@@ -994,6 +968,9 @@ class KdaFwdSm90:
             vs += wg  # the slice of 64 value rows
             chunks = cute.ceil_div(tokens, C)
             self.load_state(acc_s, initial_state, seq * H + h, vs, flags)  # of the last one, if there is no work
+            if initial_state != 0:
+                if warp == 0:
+                    self.prefetch_state(initial_state, turn + 1, wg, items, H, order, cu_seqlens, flags)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 cute.arch.mbarrier_wait(ready + stage, phase)
@@ -1016,7 +993,7 @@ class KdaFwdSm90:
                         w, at = v[2 * n8 + half], 4 * n8 + 2 * half
                         r[at] = ptx.fma(-acc_ro[at], rk[0], ptx.bf16_lo(w))
                         r[at + 1] = ptx.fma(-acc_ro[at + 1], rk[1], ptx.bf16_hi(w))
-                if (flags & NEG_EIGVAL) != 0:
+                if const_expr(self.config.neg_eigval):
                     self.scale_tokens(r, norm_at + 2 * C * 4)
                 # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
                 for i in cutlass.range_constexpr(C // 2):
@@ -1028,7 +1005,7 @@ class KdaFwdSm90:
                 warpgroup.commit_group()
                 self.scale_channels(acc_s, decay_at)
                 warpgroup.wait_group(0)
-                if (flags & NEG_EIGVAL) != 0:
+                if const_expr(self.config.neg_eigval):
                     self.scale_tokens(acc_u, norm_at)
                 self.to_operand(acc_u, fU)
                 # O += M U, then S += U^T Kr behind it
@@ -1080,6 +1057,27 @@ class KdaFwdSm90:
     def to_operand(self, acc: cute.Tensor, frag: cute.Tensor) -> None:
         """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
         self.fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
+
+    @cute.jit
+    def prefetch_state(
+        self,
+        address: Int64,
+        turn: Int32,
+        wg: Int32,
+        items: Int32,
+        H: Int32,
+        order: Int32,
+        cu_seqlens: Int64,
+        flags: Int32,
+    ):
+        """A warpgroup's half of the next initial state, into L2. One turn ahead: five of all blocks are all of L2."""
+        seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
+        size = D * D * 4 // 2
+        if (flags & INITIAL_BF16) != 0:
+            size = D * D * 2 // 2
+        if exists:
+            with cute.arch.elect_one():
+                ptx.prefetch_l2(address + Int64(2 * (seq * H + h) + vs + wg) * size, Int32(size))
 
     def scale_tokens(self, acc: cute.Tensor, at: Int32) -> None:
         for n8 in range(C // 8):

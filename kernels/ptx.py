@@ -220,6 +220,11 @@ def sts_i32(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def prefetch_l2(at: Int64, size: Int32, *, loc=None, ip=None) -> None:
+    _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [at, size], "l,r", True, loc, ip)
+
+
+@dsl_user_op
 def lds_f32x2(address: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32]:
     return _asm("ld.shared.v2.f32 {$0, $1}, [$2];", [Float32] * 2, [address], "=f,=f,r,~{memory}", True, loc, ip)
 
