@@ -269,12 +269,12 @@ class KdaFwdSm90:
 
     @cute.jit
     def work(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
-        """The same with the sequence's tokens: (sequence, head, slice of V, first token, tokens, batch, exists)."""
+        """The same with the sequence's tokens: (head, slice of V, first token, tokens, batch)."""
         seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
         start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
         if not exists:
             tokens = Int32(0)
-        return seq, h, vs, start, tokens, b, exists
+        return h, vs, start, tokens, b
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
@@ -338,7 +338,7 @@ class KdaFwdSm90:
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
         stage, phase = Int32(0), Int32(1)
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, vs, start, tokens, b, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
             sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
@@ -377,7 +377,7 @@ class KdaFwdSm90:
         bias_at = sBias + half * 256
         stage, phase = Int32(0), Int32(0)
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, _, _, tokens, _, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 sStage = ring + stage * self.stage_bytes
@@ -551,7 +551,7 @@ class KdaFwdSm90:
 
         n = Int32(0)  # chunks of the items before
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, _, _, tokens, _, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
             first, end = n + ((pair - n) & (P - 1)), n + cute.ceil_div(tokens, C)
             slope = Float32(0.0)
             if const_expr(self.gate_warps == 0):
@@ -800,7 +800,7 @@ class KdaFwdSm90:
         lane = cute.arch.lane_idx()
         n = Int32(0)
         for turn in cutlass.range(self.turns(items), unroll=1):
-            _, h, _, start, tokens, b, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            h, _, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
             first, end = n + ((which - n) & (self.inverters - 1)), n + cute.ceil_div(tokens, C)
             beta_at = (Int64(b) * T + start - n * C) * H + h
             tokens += n * C  # from the block's first chunk on, as c
@@ -964,10 +964,14 @@ class KdaFwdSm90:
         stage, phase, buf = Int32(0), Int32(0), Int32(0)
 
         for turn in cutlass.range(self.turns(items), unroll=1):
-            seq, h, vs, start, tokens, b, exists = self.work(turn, items, H, order, cu_seqlens, flags, T)
+            seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
             vs += wg  # the slice of 64 value rows
+            # before cu_seqlens is looked up, which takes long too; of the last state, if there is no work
+            self.load_state(acc_s, initial_state, seq * H + h, vs, flags)
+            start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
+            if not exists:
+                tokens = Int32(0)
             chunks = cute.ceil_div(tokens, C)
-            self.load_state(acc_s, initial_state, seq * H + h, vs, flags)  # of the last one, if there is no work
             if initial_state != 0:
                 if warp == 0:
                     self.prefetch_state(initial_state, turn + 1, wg, items, H, order, cu_seqlens, flags)
@@ -1147,11 +1151,7 @@ class KdaFwdSm90:
             if r < valid:
                 words = ptx.lds_u32x4(sO + r * 128 + ((piece ^ (r % 8)) * 16))
                 row = mO[token + r, None, h, b]
-                out = cute.make_tensor(
-                    cute.recast_ptr(row.iterator + (vs * 64 + piece * 8), dtype=Uint32), cute.make_layout(4)
-                )
-                for w in cutlass.range_constexpr(4):
-                    out[w] = words[w]
+                ptx.stg_u32x4((row.iterator + (vs * 64 + piece * 8)).toint(), words)
 
 
 def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001

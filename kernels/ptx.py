@@ -191,6 +191,11 @@ def ldg_pair(at: Int64, stride: int, size: int, *, loc=None, ip=None) -> tuple[F
 
 
 @dsl_user_op
+def stg_u32x4(at: Int64, x: U4, *, loc=None, ip=None) -> None:
+    _asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [], [at, *x], "l,r,r,r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def stg_pair(at: Int64, x: Float32, y: Float32, stride: int, size: int, *, loc=None, ip=None) -> None:
     if stride == size == 4:
         _asm("st.global.v2.f32 [$0], {$1, $2};", [], [at, x, y], "l,f,f,~{memory}", True, loc, ip)
