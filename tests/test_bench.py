@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -340,3 +341,11 @@ def test_without_a_gpu_it_says_what_it_needs():
     assert done.returncode == 1
     assert "Hopper GPU" in done.stderr and "CUDA build of torch" in done.stderr
     assert not done.stdout
+
+
+def test_the_readme_shows_what_was_measured():
+    root = Path(__file__).parents[1]
+    rows = report.read([str(root / "bench/results/headline.json")])
+    assert list(dict.fromkeys(row["case"] for row in rows)) == [case.name for case in SUITES["headline"]]
+    assert report.summary(rows) in (root / "README.md").read_text()
+    assert all(path.stat().st_size < 300_000 for path in (root / "bench/results").iterdir())
