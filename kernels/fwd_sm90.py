@@ -65,7 +65,7 @@ DECAY = 0  # fp32 [128]: 2^G_C
 NORM = D * 4  # fp32 [3, 32]: 1 / |k_i|, scale / |q_i|, beta_i
 TABLES = NORM + 3 * C * 4
 # The linear systems on their way from `prepare` to `invert`.
-SYSTEMS = 2  # one for each warp of `invert`
+SYSTEMS = 2  # places, which chunks take in turn
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 3 * C * 4
@@ -195,6 +195,7 @@ class KdaFwdSm90:
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
+
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
         if self.is_sorted(items, H, cu_seqlens):
