@@ -14,8 +14,9 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_
 )
 
 
-# Microseconds that a block takes for a chunk of 32 tokens of one head, by v_split; an H200, bench/NOTES.md.
-CHUNK_US = {1: 1.98, 2: 1.46}
+# Microseconds that a block takes for a chunk of 32 tokens of one head, by v_split: bench/results/headline.json, of an
+# H200, has 512 us for H = 96 and 371 us for H = 64, 256 chunks each.
+CHUNK_US = {1: 2.00, 2: 1.45}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class KdaFwdConfig:
     v_split: blocks that share a head, each with a slice of V. Of 2, both prepare every chunk, with two warpgroups
         instead of one, for one warpgroup of state instead of two.
     neg_eigval: for beta up to 2: the inverse of the chunk's linear system keeps its diagonal of ones, the factors beta
-        and 1 / |k| stay in fp32 outside of it. Where updates do not forget, rounding them to bf16 shows; it costs 5 %.
+        and 1 / |k| stay in fp32 outside of it. Where updates do not forget, rounding them to bf16 shows.
     """
 
     g_dtype: Literal["bf16", "fp32"] = "bf16"

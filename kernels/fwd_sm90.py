@@ -62,7 +62,7 @@ PAIR_BAR, STATE_BAR = 1, 5
 AT_KQ, AT_G = 0, 4 * BOX  # in a stage of the ring; what follows g depends on its dtype
 # Tables of a stage, in bytes from its start.
 DECAY = 0  # fp32 [128]: 2^G_C
-NORM = D * 4  # fp32 [3, 32]: 1 / |k_i|, scale / |q_i|, beta_i
+NORM = D * 4  # fp32 [3, 32]: 1 / |k_i|, scale / |q_i|, beta_i (with neg_eigval)
 TABLES = NORM + 3 * C * 4
 # The linear systems on their way from `prepare` to `invert`.
 SYSTEMS = 2  # places, which chunks take in turn
@@ -321,6 +321,11 @@ class KdaFwdSm90:
             tma, 0, cute.make_layout(1), cute.group_modes(s_boxes, 0, 2), cute.group_modes(g, 0, 2)
         )
 
+    def tile_at(self, base: Int32, lane: Int32) -> Int32:
+        """A lane's address for a 16 x 16 tile of ldmatrix and stmatrix: row lane % 16, 16-byte column lane // 16, in
+        the 128-byte swizzle."""
+        return base + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
+
     # ------------------------------------------------------------------ load
 
     @cute.jit
@@ -420,7 +425,7 @@ class KdaFwdSm90:
         if tokens < C:
             self.clear_gate(lane, tokens, sG)
             cute.arch.sync_warp()
-        tile = sG + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16  # of 16 x 16 tiles, see prepare
+        tile = self.tile_at(sG, lane)
         # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
         # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
@@ -442,9 +447,7 @@ class KdaFwdSm90:
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2 * step):
                 ptx.stmatrix_x4((tile ^ ((kk0 + i // 2) * 32)) + i % 2 * 2048, words[i], trans=True)
-        lam = Float32(LOG2_E / G_SCALE)
-        if const_expr(self.config.gate == "safe"):
-            lam = lower_bound * (LOG2_E / SIGMOID_SCALE)
+        lam = self.log2_of_factor(lower_bound)
         for i in cutlass.range_constexpr(2):
             channel = lane % 4 * 16 + 8 * i + lane // 4
             at = sStage + self.at_t + half * ANCHORS + channel // 2 * 16 + channel % 2 * 4
@@ -497,6 +500,12 @@ class KdaFwdSm90:
             return ptx.rcp(1.0 / SIGMOID_SCALE + ptx.ex2(ptx.fma(g, slope, bias)))
         return g * slope
 
+    def log2_of_factor(self, lower_bound: Float32) -> Float32:
+        """lam: the log2 decay is lam times the gate's factor."""
+        if self.config.gate == "safe":
+            return lower_bound * (LOG2_E / SIGMOID_SCALE)
+        return Float32(LOG2_E / G_SCALE)
+
     def anchors(self, mid, total, at: Int32, half: Int32, decay: Int32, lam: Float32) -> None:
         """Integer anchors p0, p1 of a channel's two blocks, near G of their middle tokens, and what depends on them. G
         counts from the chunk's start.
@@ -537,9 +546,7 @@ class KdaFwdSm90:
         pair, half, bias_at = warp // 2, warp % 2, sBias + warp * 256
         lane = cute.arch.lane_idx()
         row, col = lane // 4, lane % 4 * 2
-        lam = Float32(LOG2_E / G_SCALE)
-        if const_expr(self.config.gate == "safe"):
-            lam = lower_bound * (LOG2_E / SIGMOID_SCALE)
+        lam = self.log2_of_factor(lower_bound)
         # the lower triangle of ones as an operand A: sums over tokens run on the tensor cores
         ones, zero, diagonal = Uint32(0x3C003C00), Uint32(0), Uint32(0)
         if col <= row:
@@ -547,8 +554,7 @@ class KdaFwdSm90:
         if col + 1 <= row:
             diagonal = ones
         lower = (diagonal, ones, zero, diagonal)
-        # a 16 x 16 tile of ldmatrix and stmatrix: lane l serves row l % 16, 16-byte column l // 16 (128-byte swizzle)
-        tile = lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
+        tile = self.tile_at(Int32(0), lane)
 
         n = Int32(0)  # chunks of the items before
         for turn in cutlass.range(self.turns(items), unroll=1):
@@ -584,9 +590,8 @@ class KdaFwdSm90:
                 A, M, q2 = self.accumulators(acc)
 
                 # `invert` takes A and the squares from one of its buffers
-                if const_expr(
-                    P > SYSTEMS
-                ):  # other pairs use it too: a phase says whose turn it is only to who is not late
+                if const_expr(P > SYSTEMS):
+                    # other pairs use it too: a phase says whose turn it is only to who is not late
                     if c >= P:
                         self.wait(solved + (c - P) % S, (c - P) // S & 1, lane, items)
                 self.wait(a_empty + slot, c // SYSTEMS & 1 ^ 1, lane, items)
@@ -796,7 +801,6 @@ class KdaFwdSm90:
 
         Rounding T's diagonal to bf16 is an error of every update. With beta up to 2, whose updates hardly forget, it
         shows: there T is (I + A)^-1, bare, with ones on its diagonal, and `state` multiplies by the rest in fp32.
-        Everywhere, it would cost 5 % of the kernel's time.
         """
         lane = cute.arch.lane_idx()
         n = Int32(0)
@@ -999,7 +1003,7 @@ class KdaFwdSm90:
                         r[at] = ptx.fma(-acc_ro[at], rk[0], ptx.bf16_lo(w))
                         r[at + 1] = ptx.fma(-acc_ro[at + 1], rk[1], ptx.bf16_hi(w))
                 if const_expr(self.config.neg_eigval):
-                    self.scale_tokens(r, norm_at + 2 * C * 4)
+                    self.scale_columns(r, norm_at + 2 * C * 4)
                 # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
                 for i in cutlass.range_constexpr(C // 2):
                     acc_o[i] = acc_ro[C // 2 + i]
@@ -1008,10 +1012,10 @@ class KdaFwdSm90:
                 warpgroup.fence()
                 self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
                 warpgroup.commit_group()
-                self.scale_channels(acc_s, decay_at)
+                self.scale_columns(acc_s, decay_at)
                 warpgroup.wait_group(0)
                 if const_expr(self.config.neg_eigval):
-                    self.scale_tokens(acc_u, norm_at)
+                    self.scale_columns(acc_u, norm_at)
                 self.to_operand(acc_u, fU)
                 # O += M U, then S += U^T Kr behind it
                 warpgroup.fence()
@@ -1065,16 +1069,9 @@ class KdaFwdSm90:
 
     @cute.jit
     def prefetch_state(
-        self,
-        address: Int64,
-        turn: Int32,
-        wg: Int32,
-        items: Int32,
-        H: Int32,
-        order: Int32,
-        cu_seqlens: Int64,
+        self, address: Int64, turn: Int32, wg: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64,
         flags: Int32,
-    ):
+    ):  # fmt: skip
         """A warpgroup's half of the next initial state, into L2. One turn ahead: five of all blocks are all of L2."""
         seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
         size = D * D * 4 // 2
@@ -1084,14 +1081,9 @@ class KdaFwdSm90:
             with cute.arch.elect_one():
                 ptx.prefetch_l2(address + Int64(2 * (seq * H + h) + vs + wg) * size, Int32(size))
 
-    def scale_tokens(self, acc: cute.Tensor, at: Int32) -> None:
-        for n8 in range(C // 8):
-            s = ptx.lds_f32x2(at + n8 * 32)
-            for i in range(4):
-                acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]
-
-    def scale_channels(self, acc: cute.Tensor, at: Int32) -> None:
-        for n8 in range(D // 8):
+    def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
+        """Each column of accumulators, a token or a channel, times its number in the table at `at`."""
+        for n8 in range(cute.size(acc) // 4):
             s = ptx.lds_f32x2(at + n8 * 32)
             for i in range(4):
                 acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]

@@ -56,24 +56,24 @@ def stmatrix_x4(address: Int32, r: U4, *, trans: bool = False, loc=None, ip=None
     )  # fmt: skip
 
 
-@dsl_user_op
-def mma_bf16(a: U4, b0: Uint32, b1: Uint32, c: F4, *, loc=None, ip=None) -> F4:
-    """c + a b: 16 x 16 times 16 x 8, bf16 operands, fp32 accumulators."""
+def _mma(dtype: str, a: U4, b0: Uint32, b1: Uint32, c: F4, loc, ip) -> F4:
     return _asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
         [Float32] * 4, [*a, b0, b1, *c], "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", False, loc, ip,
     )  # fmt: skip
+
+
+@dsl_user_op
+def mma_bf16(a: U4, b0: Uint32, b1: Uint32, c: F4, *, loc=None, ip=None) -> F4:
+    """c + a b: 16 x 16 times 16 x 8, bf16 operands, fp32 accumulators."""
+    return _mma("bf16", a, b0, b1, c, loc, ip)
 
 
 @dsl_user_op
 def mma_f16(a: U4, b0: Uint32, b1: Uint32, c: F4, *, loc=None, ip=None) -> F4:
     """The same for fp16 operands."""
-    return _asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        [Float32] * 4, [*a, b0, b1, *c], "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", False, loc, ip,
-    )  # fmt: skip
+    return _mma("f16", a, b0, b1, c, loc, ip)
 
 
 @dsl_user_op
@@ -209,41 +209,48 @@ def stg_pair(at: Int64, x: Float32, y: Float32, stride: int, size: int, *, loc=N
         _asm(text, [], [at, pack_bf16(x, y, loc=loc, ip=ip)], "l,r,~{memory}", True, loc, ip)
 
 
+def _lds(types: Sequence, address: Int32, loc, ip):
+    """One, two or four 32-bit words of shared memory."""
+    n = len(types)
+    kind, letter = ("f32", "f") if types[0] is Float32 else ("b32", "r")
+    vector, registers = (f".v{n}", "{" + ", ".join(f"${i}" for i in range(n)) + "}") if n > 1 else ("", "$0")
+    text = f"ld.shared{vector}.{kind} {registers}, [${n}];"
+    return _asm(text, types, [address], ",".join([f"={letter}"] * n) + ",r,~{memory}", True, loc, ip)
+
+
 @dsl_user_op
 def lds_f32(address: Int32, *, loc=None, ip=None) -> Float32:
-    return _asm("ld.shared.f32 $0, [$1];", [Float32], [address], "=f,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def lds_i32(address: Int32, *, loc=None, ip=None) -> Int32:
-    return _asm("ld.shared.b32 $0, [$1];", [Int32], [address], "=r,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def sts_i32(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
-    _asm("st.shared.b32 [$0], $1;", [], [address, x], "r,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def prefetch_l2(at: Int64, size: Int32, *, loc=None, ip=None) -> None:
-    _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [at, size], "l,r", True, loc, ip)
+    return _lds([Float32], address, loc, ip)
 
 
 @dsl_user_op
 def lds_f32x2(address: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32]:
-    return _asm("ld.shared.v2.f32 {$0, $1}, [$2];", [Float32] * 2, [address], "=f,=f,r,~{memory}", True, loc, ip)
+    return _lds([Float32] * 2, address, loc, ip)
 
 
 @dsl_user_op
 def lds_f32x4(address: Int32, *, loc=None, ip=None) -> F4:
-    return _asm(
-        "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", [Float32] * 4, [address], "=f,=f,=f,=f,r,~{memory}", True, loc, ip
-    )
+    return _lds([Float32] * 4, address, loc, ip)
+
+
+@dsl_user_op
+def lds_i32(address: Int32, *, loc=None, ip=None) -> Int32:
+    return _lds([Int32], address, loc, ip)
 
 
 @dsl_user_op
 def lds_u32(address: Int32, *, loc=None, ip=None) -> Uint32:
-    return _asm("ld.shared.b32 $0, [$1];", [Uint32], [address], "=r,r,~{memory}", True, loc, ip)
+    return _lds([Uint32], address, loc, ip)
+
+
+@dsl_user_op
+def lds_u32x2(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32]:
+    return _lds([Uint32] * 2, address, loc, ip)
+
+
+@dsl_user_op
+def lds_u32x4(address: Int32, *, loc=None, ip=None) -> U4:
+    return _lds([Uint32] * 4, address, loc, ip)
 
 
 @dsl_user_op
@@ -252,21 +259,19 @@ def sts_f32(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def sts_f32x4(address: Int32, x: F4, *, loc=None, ip=None) -> None:
+    _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,f,f,f,f,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_i32(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
+    _asm("st.shared.b32 [$0], $1;", [], [address, x], "r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def sts_16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
     """x four times."""
     _asm("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", [], [address, x], "r,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def lds_u32x2(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32]:
-    return _asm("ld.shared.v2.b32 {$0, $1}, [$2];", [Uint32] * 2, [address], "=r,=r,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def lds_u32x4(address: Int32, *, loc=None, ip=None) -> U4:
-    return _asm(
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [Uint32] * 4, [address], "=r,=r,=r,=r,r,~{memory}", True, loc, ip
-    )
 
 
 @dsl_user_op
@@ -277,5 +282,6 @@ def sts_high(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def sts_f32x4(address: Int32, x: F4, *, loc=None, ip=None) -> None:
-    _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,f,f,f,f,~{memory}", True, loc, ip)
+def prefetch_l2(at: Int64, size: Int32, *, loc=None, ip=None) -> None:
+    """Bytes of global memory, a multiple of 16, into L2."""
+    _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [at, size], "l,r", True, loc, ip)

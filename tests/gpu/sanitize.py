@@ -1,4 +1,5 @@
-"""What `make sanitize` runs under compute-sanitizer: every compiled configuration on the shapes where kernels go wrong.
+"""What `make sanitize` runs under compute-sanitizer: configurations on the shapes where kernels go wrong, all but those
+for beta up to 2.
 
 Chunks that are full, partial and absent, more sequences than stages, every state layout and dtype. Small: racecheck
 slows a kernel down a thousandfold. Prints one line a call, and fails when a result is wrong.
