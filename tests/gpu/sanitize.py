@@ -1,5 +1,4 @@
-"""What `make sanitize` runs under compute-sanitizer: configurations on the shapes where kernels go wrong, all but those
-for beta up to 2.
+"""What `make sanitize` runs under compute-sanitizer: every configuration on the shapes where kernels go wrong.
 
 Chunks that are full, partial and absent, more sequences than stages, every state layout and dtype. Small: racecheck
 slows a kernel down a thousandfold. Prints one line a call, and fails when a result is wrong.
@@ -18,7 +17,9 @@ H, D = 2, 128
 BOUND = 6e-3
 
 
-def call(g_dtype: torch.dtype, in_kernel: bool, varlen: bool, state_dtype: torch.dtype, state_v_first: bool) -> float:
+def call(
+    g_dtype: torch.dtype, in_kernel: bool, neg_eigval: bool, varlen: bool, state_dtype: torch.dtype, state_v_first: bool
+) -> float:
     B, T = (1, sum(LENGTHS) + 5) if varlen else (2, 70)
     N = len(LENGTHS) if varlen else B
     cuda = {"device": "cuda"}
@@ -29,9 +30,10 @@ def call(g_dtype: torch.dtype, in_kernel: bool, varlen: bool, state_dtype: torch
     state = torch.randn(N, H, D, D, **cuda).to(state_dtype)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)], **cuda) if varlen else None
     arguments = dict(
-        initial_state=state, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, state_v_first=state_v_first,
+        initial_state=state, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=neg_eigval,
         use_gate_in_kernel=in_kernel, safe_gate=True, lower_bound=-5.0 if in_kernel else None, cu_seqlens=cu_seqlens,
-        A_log=torch.rand(H, **cuda) if in_kernel else None, dt_bias=torch.rand(H, D, **cuda) if in_kernel else None,
+        state_v_first=state_v_first, A_log=torch.rand(H, **cuda) if in_kernel else None,
+        dt_bias=torch.rand(H, D, **cuda) if in_kernel else None,
     )  # fmt: skip
     out, final = torch.zeros_like(v), torch.empty_like(state)
     o, s = chunk_kda(q, k, v, g, beta, out=out, final_state=final, **arguments)
@@ -49,15 +51,17 @@ def call(g_dtype: torch.dtype, in_kernel: bool, varlen: bool, state_dtype: torch
 
 def main() -> None:
     torch.manual_seed(0)
-    cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), (True, False), (True, False))
-    for i, (split, g_dtype, in_kernel, varlen) in enumerate(cases):
+    cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), (True, False), (False, True), (True, False))
+    cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder
+    for i, (split, g_dtype, in_kernel, neg_eigval, varlen) in enumerate(cases):
         sm90.v_split = lambda *_, split=split: split
         ops._known.clear()
         state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
-        error = call(g_dtype, in_kernel, varlen, state_dtype, state_v_first)
+        error = call(g_dtype, in_kernel, neg_eigval, varlen, state_dtype, state_v_first)
         print(
-            f"{split=} {g_dtype=} {in_kernel=} {varlen=} {state_dtype=} {state_v_first=} error {error:.1e}", flush=True
-        )
+            f"{split=} {g_dtype=} {in_kernel=} {neg_eigval=} {varlen=} {state_dtype=} {state_v_first=} "
+            f"error {error:.1e}", flush=True,
+        )  # fmt: skip
         assert error < BOUND
 
 
