@@ -19,12 +19,29 @@ from .kernels.config import (
     STATE_V_FIRST,
     KdaFwdConfig,
     v_split,
+    workspace_bytes,
 )
 
 
 @functools.cache
 def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_workspaces: dict[tuple[int, int, int], torch.Tensor] = {}
+
+
+def _workspace(device: int, size: int) -> torch.Tensor:
+    """Where blocks hand states on: one for each stream, whose kernels run one after the other. A kernel leaves it as it
+    found it, without a state in it. A CUDA graph, which may run on any stream, has its own, from its own memory."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+    stream = torch.cuda.current_stream(device)
+    key = device, stream.cuda_stream, size
+    if key not in _workspaces:
+        with torch.cuda.stream(stream):
+            _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=stream.device)
+    return _workspaces[key]
 
 
 def prepare(
@@ -53,6 +70,7 @@ def prepare(
     B, T, H, _ = g.shape
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     split = v_split(B * T, n, H, sms)
+    room = workspace_bytes(n, H, cu_seqlens is not None, split, sms)
     kernel = jit.load(
         KdaFwdConfig(
             "bf16" if g.dtype is torch.bfloat16 else "fp32",
@@ -94,7 +112,9 @@ def prepare(
         by_tma = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
         if (by_tma | initial | final | a_log | bias) % 16:
             return False
-        arguments = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, cuts, *numbers)
+        workspace = _workspace(device, room) if room else None
+        handed = 0 if workspace is None else workspace.data_ptr()
+        arguments = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, cuts, handed, *numbers)
         if device == torch.cuda.current_device():
             kernel(*arguments)
         else:

@@ -49,18 +49,30 @@ class KdaFwdConfig:
         return (5 if bf16 else 4) if self.v_split == 1 else (6 if bf16 else 5)
 
 
+LISTED = 128  # of more packed sequences the lengths are not looked at before: each is a small part of the work
+ITEM_COST = 3  # in chunks: what a (sequence, head) takes besides its chunks, to load and store its state
+FLAGS_BYTES = 4096  # of a workspace: a flag of 8 bytes for each 64 value rows of each block; their states lie behind
+
+
 def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     """Whether two blocks share a head, for N sequences of T tokens in all (the single ones are not known on the host),
     H heads and a GPU with `sms` multiprocessors: what takes less time if all sequences are equally long.
 
-    A block works at one head, or slice of one, after the other, and there is one block a multiprocessor.
+    There is one block a multiprocessor. A head, or slice of one, that does not fit into a block's time goes on in
+    another's, so that all take equally long, but it never runs on two at once.
     """
-    chunks = -(-T // (32 * N))
 
     def us(split: Literal[1, 2]) -> float:
-        return -(-N * H * split // sms) * chunks * CHUNK_US[split]
+        return max(N * H * split / sms, 1) * CHUNK_US[split]
 
     return 2 if us(2) < us(1) else 1
+
+
+def workspace_bytes(N: int, H: int, packed: bool, split: Literal[1, 2], sms: int) -> int:
+    """What the kernel needs to go on with a head in another block; 0 if it does not."""
+    if N * H <= sms // split or (packed and N > LISTED):
+        return 0
+    return FLAGS_BYTES + sms // split * split * (128 * 128 * 4 // split)
 
 
 def all_configs() -> list[KdaFwdConfig]:

@@ -41,8 +41,11 @@ from .config import (
     BETA_SIGMOID,
     CU_INT64,
     FINAL_BF16,
+    FLAGS_BYTES,
     INITIAL_BF16,
+    ITEM_COST,
     L2NORM,
+    LISTED,
     NEG_EIGVAL,
     STATE_V_FIRST,
     KdaFwdConfig,
@@ -52,7 +55,8 @@ LOG2_E = 1.4426950408889634
 EPS = 1e-6  # of the l2 norm, as in fla
 
 C = 32  # tokens in a chunk
-SORTED = 128  # at most so many sequences are sorted by length; of more, each is a small part of the work
+FINAL, HANDED_ON, TAKEN_OVER = 1, 2, 4  # what becomes of a piece's state, and whether it comes from another block
+HANDED = 0x6B64615F68616E64  # what says that a state has been handed on; nothing else is likely to look like it
 SUB = 16  # tokens with one anchor: 8 * 5 nats either way of it stay far inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
@@ -70,6 +74,13 @@ A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 3 * C * 4
 ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
+# The plan: of each listed sequence its place on the line of `share`, first token and tokens; sums of warps; numbers of
+# this block; the pieces of work that come next.
+PIECES = 8  # known ahead: more than there are stages, for sequences of a chunk or less
+AT_STARTS, AT_TOKENS, AT_WARPS = 4 * LISTED, 8 * LISTED, 12 * LISTED
+AT_END = AT_WARPS + 8 * LISTED // 32
+AT_BEGIN, AT_LAST, AT_FIRST, AT_PIECES = (AT_END + 4 * i for i in range(1, 5))
+PLAN = AT_PIECES + 32 * PIECES
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
@@ -116,6 +127,7 @@ class KdaFwdSm90:
         initial_state: Int64,  # [N, H, V, K] or [N, H, K, V], bf16 or fp32, or 0
         final_state: Int64,
         cu_seqlens: Int64,  # [N + 1] int32 or int64, or 0
+        workspace: Int64,  # WORKSPACE bytes for each block, or 0: no item is cut
         N: Int32,
         scale: Float32,
         lower_bound: Float32,
@@ -141,12 +153,12 @@ class KdaFwdSm90:
             )  # fmt: skip
             return cute.make_tiled_mma(op)
 
-        items = N * cute.size(mO.shape[2]) * self.config.v_split
-        grid = cutlass.min(items, max_blocks)
+        items = N * cute.size(mO.shape[2])
+        grid = cutlass.min(items, max_blocks // self.config.v_split) * self.config.v_split
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, items, scale, lower_bound, flags,
-            mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, scale, lower_bound,
+            flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     # ------------------------------------------------------------------ device side
@@ -161,7 +173,7 @@ class KdaFwdSm90:
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mO: cute.Tensor,
         beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, cu_seqlens: Int64,
-        items: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
+        workspace: Int64, items: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         S = self.stages
@@ -175,11 +187,13 @@ class KdaFwdSm90:
         out = table(2 * self.state_wgs * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
-        order = table(2 * SORTED * 4).toint()
+        sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS), byte_alignment=8).iterator
+        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES)
+        bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
+        listed, taken = a_empty + SYSTEMS, a_empty + SYSTEMS + PIECES
 
         if warp == 0:
             with cute.arch.elect_one():
@@ -192,14 +206,18 @@ class KdaFwdSm90:
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
+                for i in cutlass.range_constexpr(PIECES):
+                    cute.arch.mbarrier_init(listed + i, 1)
+                    # all but `load`, which lists, and an idle warp
+                    cute.arch.mbarrier_init(taken + i, self.threads - 128 + 32 * (self.inverters + self.gate_warps))
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
 
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
-        if self.is_sorted(items, H, cu_seqlens):
-            self.longest_first(order, order + SORTED * 4, cu_seqlens, items // (H * self.config.v_split), flags, T)
+        count = self.share(sPlan, items, H, T, cu_seqlens, workspace, flags)
+        work = (count, sPlan + AT_PIECES, listed, taken)  # what all roles walk through, see `piece`
         cute.arch.sync_threads()
 
         if warp < 4:
@@ -207,75 +225,176 @@ class KdaFwdSm90:
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    cu_seqlens, flags, items, H, T, order,
+                    sPlan, listed, taken, items, H, T, cu_seqlens, workspace, flags, count,
                 )  # fmt: skip
             elif warp <= self.inverters:
                 self.invert(
                     warp - 1, ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
-                    beta, cu_seqlens, scale, flags, items, H, T, order,
+                    beta, scale, flags, H, T, work,
                 )  # fmt: skip
             elif warp <= self.inverters + self.gate_warps:
                 self.gates(
                     warp - 1 - self.inverters, ring.toint(), sTables, sBias, raw_full, gated,
-                    A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T, order,
+                    A_log, dt_bias, lower_bound, work,
                 )  # fmt: skip
         elif warp < 4 + 4 * self.prepare_wgs:
             cute.arch.setmaxregister_increase(self.regs_prepare)
             self.prepare(
                 warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
-                A_log, dt_bias, cu_seqlens, lower_bound, flags, items, H, T, order,
+                A_log, dt_bias, lower_bound, work,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
                 (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, ready, solved, empty,
-                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, cu_seqlens, flags, items, H, T, order,
+                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, flags, work,
             )  # fmt: skip
 
-    def is_sorted(self, items: Int32, H: Int32, cu_seqlens: Int64) -> Boolean:
-        return (cu_seqlens != 0) & (items <= SORTED * self.config.v_split * H)
+    # ------------------------------------------------------------------ who does what
 
     @cute.jit
-    def longest_first(self, order: Int32, lengths: Int32, cu_seqlens: Int64, N: Int32, flags: Int32, T: Int32):
-        """order[i]: the i-th longest sequence, of equals the first first."""
-        n = cute.arch.thread_idx()[0]
-        length = Int32(0)
-        if n < N:
-            _, length, _ = self.sequence(n, cu_seqlens, flags, T)
-            ptx.sts_i32(lengths + n * 4, length)
-        cute.arch.sync_threads()
-        if n < N:
-            rank = Int32(0)
-            for m in cutlass.range(N, unroll=4):
-                other = ptx.lds_i32(lengths + m * 4)
-                if (other > length) | ((other == length) & (m < n)):
-                    rank += 1
-            ptx.sts_i32(order + rank * 4, n)
+    def share(
+        self, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32
+    ):  # fmt: skip
+        """A worker's part of a line on which all items, the (sequence, head)s, lie one behind the other, each as long
+        as its chunks and ITEM_COST: left in shared memory; returns the number of pieces in it. A worker is a block, or
+        the blocks that share a head.
+
+        An item that lies across a border is cut there, if there is a workspace to hand its state on by; all workers
+        then take equally long (McNaughton's wrap-around rule). They walk their parts from the end to the beginning. So
+        the first piece of an item is what its worker begins with, the second what the next worker ends with, which
+        hardly waits, and for none but a block with a lower index. No part is shorter than an item.
+
+        Without a workspace, places on the line are items, which are dealt out in turn.
+        """
+        n, lane, warp = cute.arch.thread_idx()[0], cute.arch.lane_idx(), cute.arch.warp_idx()
+        worker, workers = self.worker()
+        end, begin = cute.ceil_div(items - worker, workers), Int32(0)
+        count = end
+        if workspace != 0:
+            unit = cute.ceil_div(T, C) + ITEM_COST
+            total = items * unit
+            if cu_seqlens != 0:
+                start, tokens, mine = Int32(0), Int32(0), Int32(0)
+                unit = Int32(0)
+                if n < items // H:
+                    start, tokens, _ = self.sequence(n, cu_seqlens, flags, T)
+                    unit = cute.ceil_div(tokens, C) + ITEM_COST
+                    mine = unit * H
+                upto = mine
+                for i in cutlass.range_constexpr(5):
+                    before = cute.arch.shuffle_sync_up(upto, 1 << i, mask_and_clamp=0)
+                    if lane >= 1 << i:
+                        upto += before
+                    unit = cutlass.max(unit, cute.arch.shuffle_sync_bfly(unit, 1 << i))
+                if (lane == 31) & (warp < LISTED // 32):
+                    ptx.sts_i32(sPlan + AT_WARPS + warp * 8, upto)
+                    ptx.sts_i32(sPlan + AT_WARPS + warp * 8 + 4, unit)
+                cute.arch.sync_threads()
+                total = Int32(0)
+                before = Int32(0)
+                for i in cutlass.range_constexpr(LISTED // 32):
+                    if warp == i:
+                        before = total
+                    total += ptx.lds_i32(sPlan + AT_WARPS + i * 8)
+                    unit = cutlass.max(unit, ptx.lds_i32(sPlan + AT_WARPS + i * 8 + 4))
+                upto += before
+                end, begin = self.part(total, unit)
+                if n < items // H:
+                    ptx.sts_i32(sPlan + n * 4, upto - mine)
+                    ptx.sts_i32(sPlan + AT_STARTS + n * 4, start)
+                    ptx.sts_i32(sPlan + AT_TOKENS + n * 4, tokens)
+                    for x, at in ((end - 1, AT_LAST), (begin, AT_FIRST)):
+                        if (upto - mine <= x) & (x < upto):
+                            ptx.sts_i32(sPlan + at, n)
+                cute.arch.sync_threads()
+                count = Int32(0)
+                if begin < end:
+                    first, last = ptx.lds_i32(sPlan + AT_FIRST), ptx.lds_i32(sPlan + AT_LAST)
+                    count = (last - first) * H + 1
+                    count += self.head_at(end - 1, last, sPlan) - self.head_at(begin, first, sPlan)
+            else:
+                end, begin = self.part(total, unit)
+                count = cutlass.max((end - 1) // unit - begin // unit + 1, 0)
+        if n == 0:
+            ptx.sts_i32(sPlan + AT_END, end)
+            ptx.sts_i32(sPlan + AT_BEGIN, begin)
+        return ptx.uniform(count)
+
+    def part(self, total: Int32, longest: Int32):
+        """(end, begin) of a worker's part of the line: never shorter than an item."""
+        worker, workers = self.worker()
+        length = cutlass.max(cute.ceil_div(total, workers), longest)
+        return cutlass.min((worker + 1) * length, total), worker * length
+
+    def head_at(self, at: Int32, seq: Int32, sPlan: Int32):
+        """Whose head of a listed sequence is at a place of the line."""
+        chunks = cute.ceil_div(ptx.lds_i32(sPlan + AT_TOKENS + seq * 4), C)
+        return (at - ptx.lds_i32(sPlan + seq * 4)) // (chunks + ITEM_COST)
+
+    def worker(self):
+        """(which, of how many)"""
+        return cute.arch.block_idx()[0] // self.config.v_split, cute.arch.grid_dim()[0] // self.config.v_split
+
+    def slice_of_v(self) -> Int32:
+        return cute.arch.block_idx()[0] % self.config.v_split
 
     @cute.jit
-    def item(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64):
-        """A block's work in a turn: (sequence, head, slice of V, whether there is any).
-
-        Turns run to and fro over the blocks: who got the longest of one gets the shortest of the next."""
-        block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        at = turn * blocks + block
-        if turn % 2 == 1:
-            at = turn * blocks + blocks - 1 - block
-        nh = cutlass.min(at, items - 1) // self.config.v_split
-        seq = nh // H
-        h = nh % H
-        if self.is_sorted(items, H, cu_seqlens):
-            seq = ptx.lds_i32(order + seq * 4)
-        return seq, h, at % self.config.v_split, at < items
+    def find_piece(
+        self, at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
+        flags: Int32,
+    ):  # fmt: skip
+        """The piece that ends at place `at` of the line: (where it begins; first token, tokens, head, batch, number of
+        the state and what becomes of it)."""
+        worker, workers = self.worker()
+        at -= 1
+        next_at, skipped, upto, fate = at, Int32(0), Int32(1 << 25), Int32(FINAL)
+        item = at * workers + worker
+        seq = item // H
+        h = item - seq * H
+        start, tokens, b = Int32(0), T, seq
+        if workspace == 0:
+            start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
+        else:
+            unit = cute.ceil_div(T, C) + ITEM_COST
+            base = Int32(0)
+            if cu_seqlens == 0:
+                item = at // unit
+                seq = item // H
+                h = item - seq * H
+                b = seq
+                base = item * unit
+            else:
+                seq = ptx.lds_i32(sPlan + AT_LAST)
+                while ptx.lds_i32(sPlan + seq * 4) > at:
+                    seq -= 1
+                h = self.head_at(at, seq, sPlan)
+                start, b = ptx.lds_i32(sPlan + AT_STARTS + seq * 4), Int32(0)
+                tokens = ptx.lds_i32(sPlan + AT_TOKENS + seq * 4)
+                unit = cute.ceil_div(tokens, C) + ITEM_COST
+                base = ptx.lds_i32(sPlan + seq * 4) + h * unit
+            next_at = cutlass.max(base, ptx.lds_i32(sPlan + AT_BEGIN))
+            skipped = cutlass.max(next_at - base - ITEM_COST, 0)  # chunks of the item before the piece
+            if at + 1 < base + unit:
+                upto = cutlass.max(at + 1 - base - ITEM_COST, 0)
+                fate = Int32(0)
+                if upto > 0:
+                    fate = Int32(HANDED_ON)
+        if skipped > 0:
+            fate += TAKEN_OVER
+        tokens = cutlass.min(tokens, upto * C) - skipped * C
+        return next_at, start + skipped * C, tokens, h, b, seq * H + h, fate
 
     @cute.jit
-    def work(self, turn: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
-        """The same with the sequence's tokens: (head, slice of V, first token, tokens, batch)."""
-        seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
-        start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
-        if not exists:
-            tokens = Int32(0)
-        return h, vs, start, tokens, b
+    def piece(self, nth: Int32, work):
+        """A piece as `load` lists it: (first token, tokens, head, batch, number of the state, what becomes of it,
+        number of the next initial state or -1)."""
+        _, pieces, listed, taken = work
+        at = pieces + nth % PIECES * 32
+        cute.arch.mbarrier_wait(listed + nth % PIECES, nth // PIECES & 1)
+        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
+        cute.arch.mbarrier_arrive(taken + nth % PIECES)
+        return tuple(ptx.uniform(x) for x in numbers[:7])
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
@@ -294,18 +413,15 @@ class KdaFwdSm90:
             b = Int32(0)
         return start, end - start, b
 
-    def turns(self, items: Int32) -> Int32:
-        return cute.ceil_div(items, cute.arch.grid_dim()[0])
-
     def clamp(self, x: Int64, T: Int32) -> Int32:
         return Int32(cutlass.min(cutlass.max(x, Int64(0)), Int64(T)))
 
     @cute.jit
-    def wait(self, barrier, phase: Int32, lane: Int32, items: Int32):
+    def wait(self, barrier, phase: Int32, lane: Int32):
         """mbarrier_wait before a named barrier. The test always holds, which ptxas cannot see: it makes the lanes of a
         warp leave the spinning together. They do on the machine, but not under compute-sanitizer, and a warp that comes
         to a named barrier in parts counts as several: racecheck then reports hazards that are none."""
-        if lane + items != 0:
+        if lane + cute.arch.grid_dim()[0] != 0:
             cute.arch.mbarrier_wait(barrier, phase)
 
     def staged(self, base, dtype, kind, shape, order, stride=None):
@@ -331,7 +447,8 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        cu_seqlens: Int64, flags: Int32, items: Int32, H: Int32, T: Int32, order: Int32,
+        sPlan: Int32, listed, taken, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
+        flags: Int32, count: Int32,
     ):  # fmt: skip
         """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
         S = self.stages
@@ -342,9 +459,26 @@ class KdaFwdSm90:
         bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
+        vs = self.slice_of_v()
         stage, phase = Int32(0), Int32(1)
-        for turn in cutlass.range(self.turns(items), unroll=1):
-            h, vs, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+        at = ptx.lds_i32(sPlan + AT_END)
+        start, tokens, h, b, nh, fate = (Int32(0) for _ in range(6))
+        for nth in cutlass.range(count + 1, unroll=1):
+            # finds a piece, so that all roles know early what comes next; lists and loads the one before
+            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0)
+            if nth < count:
+                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags)
+            if nth > 0:
+                next_nh = found[5]
+                if (found[6] & TAKEN_OVER) != 0:
+                    next_nh = Int32(-1)
+                slot = (nth - 1) % PIECES
+                cute.arch.mbarrier_wait(taken + slot, (nth - 1) // PIECES & 1 ^ 1)
+                with cute.arch.elect_one():
+                    to = sPlan + AT_PIECES + slot * 32
+                    ptx.sts_i32x4(to, (start, tokens, h, b))
+                    ptx.sts_i32x4(to + 16, (nh, fate, next_nh, next_nh))
+                    cute.arch.mbarrier_arrive(listed + slot)
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
             sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
@@ -365,14 +499,14 @@ class KdaFwdSm90:
                 if stage == S:
                     stage = Int32(0)
                     phase ^= 1
+            at, start, tokens, h, b, nh, fate = found
 
     # ------------------------------------------------------------------ gate
 
     @cute.jit
     def gates(
         self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
-        A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
-        items: Int32, H: Int32, T: Int32, order: Int32,
+        A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
     ):  # fmt: skip
         """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was; anchors of each channel.
 
@@ -382,12 +516,12 @@ class KdaFwdSm90:
         lane = cute.arch.lane_idx()
         bias_at = sBias + half * 256
         stage, phase = Int32(0), Int32(0)
-        for turn in cutlass.range(self.turns(items), unroll=1):
-            h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+        for nth in cutlass.range(work[0], unroll=1):
+            _, tokens, h, _, _, _, _ = self.piece(nth, work)
             slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 sStage = ring + stage * self.stage_bytes
-                self.wait(raw_full + stage, phase, lane, items)
+                self.wait(raw_full + stage, phase, lane)
                 self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane)
                 cute.arch.mbarrier_arrive(gated + stage)
                 stage += 1
@@ -533,9 +667,7 @@ class KdaFwdSm90:
     @cute.jit
     def prepare(
         self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32,
-        raw_full, gated, ready, solved, a_full, a_empty,
-        A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, lower_bound: Float32, flags: Int32,
-        items: Int32, H: Int32, T: Int32, order: Int32,
+        raw_full, gated, ready, solved, a_full, a_empty, A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
     ):  # fmt: skip
         """Pairs of warps, each every `pairs`-th chunk: q, k -> Qd, Kd in place; Kr where g was; M; A for `invert`.
 
@@ -556,9 +688,9 @@ class KdaFwdSm90:
         lower = (diagonal, ones, zero, diagonal)
         tile = self.tile_at(Int32(0), lane)
 
-        n = Int32(0)  # chunks of the items before
-        for turn in cutlass.range(self.turns(items), unroll=1):
-            h, _, _, tokens, _ = self.work(turn, items, H, order, cu_seqlens, flags, T)
+        n = Int32(0)  # chunks of the pieces before
+        for nth in cutlass.range(work[0], unroll=1):
+            _, tokens, h, _, _, _, _ = self.piece(nth, work)
             first, end = n + ((pair - n) & (P - 1)), n + cute.ceil_div(tokens, C)
             slope = Float32(0.0)
             if const_expr(self.gate_warps == 0):
@@ -570,13 +702,13 @@ class KdaFwdSm90:
                 left = tokens - c * C
                 sStage = ring + stage * self.stage_bytes
                 system = sSystems + slot * SYSTEM
-                self.wait(raw_full + stage, c // S & 1, lane, items)
+                self.wait(raw_full + stage, c // S & 1, lane)
                 if left < C:
                     self.clear_tail(lane, half, left, sStage)
                 if const_expr(self.gate_warps == 0):
                     self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane)
                 else:
-                    self.wait(gated + stage, c // S & 1, lane, items)
+                    self.wait(gated + stage, c // S & 1, lane)
                 cute.arch.sync_warp()
                 tile_kq = sStage + half * (2 * BOX) + tile
                 tile_kr = sStage + AT_G + half * self.kr_half + tile
@@ -593,8 +725,8 @@ class KdaFwdSm90:
                 if const_expr(P > SYSTEMS):
                     # other pairs use it too: a phase says whose turn it is only to who is not late
                     if c >= P:
-                        self.wait(solved + (c - P) % S, (c - P) // S & 1, lane, items)
-                self.wait(a_empty + slot, c // SYSTEMS & 1 ^ 1, lane, items)
+                        self.wait(solved + (c - P) % S, (c - P) // S & 1, lane)
+                self.wait(a_empty + slot, c // SYSTEMS & 1 ^ 1, lane)
                 for i in cutlass.range_constexpr(4):
                     q_sum = self.quad_sum(q2[i])
                     if lane % 4 == 0:
@@ -790,8 +922,7 @@ class KdaFwdSm90:
     @cute.jit
     def invert(
         self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, solved, a_full, a_empty,
-        beta: Int64, cu_seqlens: Int64, scale: Float32, flags: Int32, items: Int32, H: Int32, T: Int32,
-        order: Int32,
+        beta: Int64, scale: Float32, flags: Int32, H: Int32, T: Int32, work,
     ):  # fmt: skip
         """One warp, or two with every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
 
@@ -804,8 +935,8 @@ class KdaFwdSm90:
         """
         lane = cute.arch.lane_idx()
         n = Int32(0)
-        for turn in cutlass.range(self.turns(items), unroll=1):
-            h, _, start, tokens, b = self.work(turn, items, H, order, cu_seqlens, flags, T)
+        for nth in cutlass.range(work[0], unroll=1):
+            start, tokens, h, b, _, _, _ = self.piece(nth, work)
             first, end = n + ((which - n) & (self.inverters - 1)), n + cute.ceil_div(tokens, C)
             beta_at = (Int64(b) * T + start - n * C) * H + h
             tokens += n * C  # from the block's first chunk on, as c
@@ -819,13 +950,13 @@ class KdaFwdSm90:
                 # what makes the stage's tables ours: `state` has left them, the loads have come
                 cute.arch.mbarrier_wait(raw_full + stage, c // self.stages & 1)
                 cute.arch.mbarrier_wait(a_full + slot, c // SYSTEMS & 1)
-                at = system + SQUARES + lane * 4
-                rk = self.inverse_norm(ptx.lds_f32(at), flags)
-                rq = self.inverse_norm(ptx.lds_f32(at + C * 4) + ptx.lds_f32(at + 2 * C * 4), flags)
+                squares = system + SQUARES + lane * 4
+                rk = self.inverse_norm(ptx.lds_f32(squares), flags)
+                rq = self.inverse_norm(ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4), flags)
                 b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
-                ptx.sts_f32(at, -rk * b_i)
+                ptx.sts_f32(squares, -rk * b_i)
                 if const_expr(self.config.neg_eigval):
                     ptx.sts_f32(norm_at + (2 * C + lane) * 4, b_i)
                 cute.arch.sync_warp()
@@ -932,8 +1063,8 @@ class KdaFwdSm90:
     def state(
         self, wg: Int32, ring, out, sTables: Int32, ready, solved, empty,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
-        o_tma, tO, mO, initial_state: Int64, final_state: Int64, cu_seqlens: Int64, flags: Int32,
-        items: Int32, H: Int32, T: Int32, order: Int32,
+        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64,
+        flags: Int32, work,
     ):  # fmt: skip
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens."""
         S = self.stages
@@ -968,18 +1099,15 @@ class KdaFwdSm90:
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
         stage, phase, buf = Int32(0), Int32(0), Int32(0)
 
-        for turn in cutlass.range(self.turns(items), unroll=1):
-            seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
-            vs += wg  # the slice of 64 value rows
-            # before cu_seqlens is looked up, which takes long too; of the last state, if there is no work
-            self.load_state(acc_s, initial_state, seq * H + h, vs, flags)
-            start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
-            if not exists:
-                tokens = Int32(0)
+        vs = self.slice_of_v() + wg  # of 64 value rows
+        for nth in cutlass.range(work[0], unroll=1):
+            start, tokens, h, b, nh, fate, next_nh = self.piece(nth, work)
             chunks = cute.ceil_div(tokens, C)
-            if initial_state != 0:
-                if warp == 0:
-                    self.prefetch_state(initial_state, turn + 1, wg, items, H, order, cu_seqlens, flags)
+            if (fate & TAKEN_OVER) != 0:
+                self.take_state(acc_s, workspace, wg, thread)
+            else:
+                self.load_state(acc_s, initial_state, nh, vs, flags)
+            self.prefetch_state(initial_state, next_nh, vs, flags)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 cute.arch.mbarrier_wait(ready + stage, phase)
@@ -999,14 +1127,14 @@ class KdaFwdSm90:
                 for n8 in cutlass.range_constexpr(C // 8):
                     rk = ptx.lds_f32x2(norm_at + n8 * 32)
                     for half in cutlass.range_constexpr(2):
-                        w, at = v[2 * n8 + half], 4 * n8 + 2 * half
-                        r[at] = ptx.fma(-acc_ro[at], rk[0], ptx.bf16_lo(w))
-                        r[at + 1] = ptx.fma(-acc_ro[at + 1], rk[1], ptx.bf16_hi(w))
+                        w, e = v[2 * n8 + half], 4 * n8 + 2 * half
+                        r[e] = ptx.fma(-acc_ro[e], rk[0], ptx.bf16_lo(w))
+                        r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], ptx.bf16_hi(w))
                 if const_expr(self.config.neg_eigval):
                     self.scale_columns(r, norm_at + 2 * C * 4)
                 # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
-                for i in cutlass.range_constexpr(C // 2):
-                    acc_o[i] = acc_ro[C // 2 + i]
+                for e in cutlass.range_constexpr(C // 2):
+                    acc_o[e] = acc_ro[C // 2 + e]
                 self.to_operand(r, fU)
                 # U = T R
                 warpgroup.fence()
@@ -1049,8 +1177,10 @@ class KdaFwdSm90:
                 if stage == S:
                     stage = Int32(0)
                     phase ^= 1
-            if exists:
-                self.store_state(acc_s, final_state, seq * H + h, vs, flags)
+            if (fate & FINAL) != 0:
+                self.store_state(acc_s, final_state, nh, vs, flags)
+            elif (fate & HANDED_ON) != 0:
+                self.hand_on_state(acc_s, workspace, wg, thread)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def gemm(self, mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
@@ -1068,18 +1198,45 @@ class KdaFwdSm90:
         self.fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
 
     @cute.jit
-    def prefetch_state(
-        self, address: Int64, turn: Int32, wg: Int32, items: Int32, H: Int32, order: Int32, cu_seqlens: Int64,
-        flags: Int32,
-    ):  # fmt: skip
-        """A warpgroup's half of the next initial state, into L2. One turn ahead: five of all blocks are all of L2."""
-        seq, h, vs, exists = self.item(turn, items, H, order, cu_seqlens)
-        size = D * D * 4 // 2
+    def prefetch_state(self, address: Int64, nh: Int32, vs: Int32, flags: Int32):
+        """A warpgroup's half of an initial state, if there is any, into L2. Without a branch: with one, ptxas takes
+        vector registers for all that is uniform in the whole kernel, and spills."""
+        size = Int32(D * D * 4 // 2)
         if (flags & INITIAL_BF16) != 0:
-            size = D * D * 2 // 2
-        if exists:
-            with cute.arch.elect_one():
-                ptx.prefetch_l2(address + Int64(2 * (seq * H + h) + vs + wg) * size, Int32(size))
+            size = Int32(D * D * 2 // 2)
+        for i in cutlass.range_constexpr(2):
+            offset = ptx.thread() % 128 * 128 + i * 128 * 128
+            exists = (address != 0) & (nh >= 0) & (offset < size)
+            ptx.prefetch_l2(address + Int64(2 * nh + vs) * size + Int64(offset), exists)
+
+    @cute.jit
+    def hand_on_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
+        """To the next worker, through this one's place in the workspace."""
+        flag, at = self.handed(workspace, cute.arch.block_idx()[0], wg, thread)
+        for i in cutlass.range_constexpr(16):
+            ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
+        cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+        if thread == 0:
+            ptx.stg_release(flag, Int64(HANDED))
+
+    @cute.jit
+    def take_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
+        """From the worker before, once it is there. The flag is left as it was found, no matter what that was."""
+        flag, at = self.handed(workspace, cute.arch.block_idx()[0] - self.config.v_split, wg, thread)
+        while ptx.ldg_acquire(flag) != HANDED:
+            pass
+        cute.arch.sync_warp()
+        cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+        for i in cutlass.range_constexpr(16):
+            for j, x in enumerate(ptx.ldg_f32x4(at + i * 2048)):
+                acc[4 * i + j] = x
+        if thread == 0:
+            ptx.stg_release(flag, Int64(0))
+
+    def handed(self, workspace: Int64, block: Int32, wg: Int32, thread: Int32):
+        """Addresses of a state warpgroup's place in the workspace: (flag, a lane's part of the state)."""
+        slot = block * self.state_wgs + wg
+        return workspace + Int64(slot) * 8, workspace + (FLAGS_BYTES + Int64(slot) * (D * D * 2) + Int64(thread * 16))
 
     def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
         """Each column of accumulators, a token or a channel, times its number in the table at `at`."""
@@ -1160,7 +1317,7 @@ def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     kernel = KdaFwdSm90(config)
     return cute.compile(
         kernel, tensor(BFloat16), tensor(BFloat16), tensor(BFloat16), tensor(kernel.g_type), tensor(BFloat16),
-        *([Int64(0)] * 6), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
+        *([Int64(0)] * 7), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

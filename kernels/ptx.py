@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
@@ -196,6 +196,29 @@ def stg_u32x4(at: Int64, x: U4, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def ldg_f32x4(at: Int64, *, loc=None, ip=None) -> F4:
+    """From L2: what another block wrote may be older in L1."""
+    return _asm(
+        "ld.global.cg.v4.f32 {$0, $1, $2, $3}, [$4];", [Float32] * 4, [at], "=f,=f,=f,=f,l,~{memory}", True, loc, ip
+    )
+
+
+@dsl_user_op
+def stg_f32x4(at: Int64, x: F4, *, loc=None, ip=None) -> None:
+    _asm("st.global.v4.f32 [$0], {$1, $2, $3, $4};", [], [at, *x], "l,f,f,f,f,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def ldg_acquire(at: Int64, *, loc=None, ip=None) -> Int64:
+    return _asm("ld.acquire.gpu.global.b64 $0, [$1];", [Int64], [at], "=l,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def stg_release(at: Int64, x: Int64, *, loc=None, ip=None) -> None:
+    _asm("st.release.gpu.global.b64 [$0], $1;", [], [at, x], "l,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def stg_pair(at: Int64, x: Float32, y: Float32, stride: int, size: int, *, loc=None, ip=None) -> None:
     if stride == size == 4:
         _asm("st.global.v2.f32 [$0], {$1, $2};", [], [at, x, y], "l,f,f,~{memory}", True, loc, ip)
@@ -239,6 +262,17 @@ def lds_i32(address: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def lds_i32x4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
+    return _lds([Int32] * 4, address, loc, ip)
+
+
+@dsl_user_op
+def uniform(x: Int32, *, loc=None, ip=None) -> Int32:
+    """x, the same in all lanes of a warp, in a uniform register."""
+    return _asm("redux.sync.max.s32 $0, $1, 0xffffffff;", [Int32], [x], "=r,r", True, loc, ip)
+
+
+@dsl_user_op
 def lds_u32(address: Int32, *, loc=None, ip=None) -> Uint32:
     return _lds([Uint32], address, loc, ip)
 
@@ -269,6 +303,11 @@ def sts_i32(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def sts_i32x4(address: Int32, x: tuple[Int32, Int32, Int32, Int32], *, loc=None, ip=None) -> None:
+    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,r,r,r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def sts_16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
     """x four times."""
     _asm("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", [], [address, x], "r,r,~{memory}", True, loc, ip)
@@ -282,6 +321,9 @@ def sts_high(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def prefetch_l2(at: Int64, size: Int32, *, loc=None, ip=None) -> None:
-    """Bytes of global memory, a multiple of 16, into L2."""
-    _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [at, size], "l,r", True, loc, ip)
+def prefetch_l2(at: Int64, exists: Boolean, *, loc=None, ip=None) -> None:
+    """A line of 128 bytes."""
+    _asm(
+        "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p prefetch.global.L2 [$0]; }",
+        [], [at, Int32(exists)], "l,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
