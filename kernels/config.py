@@ -14,9 +14,12 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_
 )
 
 
-# Microseconds that a block takes for a chunk of 32 tokens of one head, by v_split: bench/results/headline.json, of an
-# H200, has 512 us for H = 96 and 371 us for H = 64, 256 chunks each.
-CHUNK_US = {1: 2.00, 2: 1.45}
+# Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: on an H200 503 and
+# 322 us for T = 8192 (256 chunks) and H = 64.
+CHUNK_US = {1: 1.96, 2: 1.26}
+LISTED = 128  # of more packed sequences the lengths are not looked at before: each is a small part of the work
+ITEM_COST = 3  # in chunks: what a (sequence, head) takes besides its chunks, to load and store its state
+FLAGS_BYTES = 4096  # of a workspace: a flag of 8 bytes for each 64 value rows of each block; their states lie behind
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class KdaFwdConfig:
     g_dtype: how the gate arrives in memory; it fixes the TMA descriptor and the shared-memory tile.
     gate: "safe" computes lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) in the kernel, "log" takes g as log decay
         in [-5, 0].
-    v_split: blocks that share a head, each with a slice of V. Of 2, both prepare every chunk, with two warpgroups
-        instead of one, for one warpgroup of state instead of two.
+    v_split: blocks that share a head, each with a slice of V. Two are a cluster, prepare every other chunk each and
+        send it to one another.
     neg_eigval: for beta up to 2: the inverse of the chunk's linear system keeps its diagonal of ones, the factors beta
         and 1 / |k| stay in fp32 outside of it. Where updates do not forget, rounding them to bf16 shows.
     """
@@ -43,23 +46,18 @@ class KdaFwdConfig:
 
     @property
     def stages(self) -> int:
-        """Chunks in flight between the loads and the state: as many as shared memory holds, of 36 KiB each (4 KiB less
-        with half of V, 8 KiB more with an fp32 gate)."""
+        """Chunks in flight between the loads and the state, with v_split = 2 one of them from the other block: as many
+        as shared memory holds, of 36 KiB each (4 KiB less with half of V, 8 KiB more with an fp32 gate)."""
         bf16 = self.g_dtype == "bf16"
         return (5 if bf16 else 4) if self.v_split == 1 else (6 if bf16 else 5)
-
-
-LISTED = 128  # of more packed sequences the lengths are not looked at before: each is a small part of the work
-ITEM_COST = 3  # in chunks: what a (sequence, head) takes besides its chunks, to load and store its state
-FLAGS_BYTES = 4096  # of a workspace: a flag of 8 bytes for each 64 value rows of each block; their states lie behind
 
 
 def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     """Whether two blocks share a head, for N sequences of T tokens in all (the single ones are not known on the host),
     H heads and a GPU with `sms` multiprocessors: what takes less time if all sequences are equally long.
 
-    There is one block a multiprocessor. A head, or slice of one, that does not fit into a block's time goes on in
-    another's, so that all take equally long, but it never runs on two at once.
+    There is one block a multiprocessor. A head that does not fit into the time of its block goes on in another, so that
+    all take equally long, but its tokens stay one behind the other.
     """
 
     def us(split: Literal[1, 2]) -> float:
@@ -69,7 +67,8 @@ def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
 
 
 def workspace_bytes(N: int, H: int, packed: bool, split: Literal[1, 2], sms: int) -> int:
-    """What the kernel needs to go on with a head in another block; 0 if it does not."""
+    """Bytes of global memory by which a head goes on in another block; 0 if none does, because all find a place or
+    because there are too many packed sequences."""
     if N * H <= sms // split or (packed and N > LISTED):
         return 0
     return FLAGS_BYTES + sms // split * split * (128 * 128 * 4 // split)

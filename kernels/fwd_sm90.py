@@ -60,6 +60,7 @@ HANDED = 0x6B64615F68616E64  # what says that a state has been handed on; nothin
 SUB = 16  # tokens with one anchor: 8 * 5 nats either way of it stay far inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
+REMOTE_STAGES = 1  # a fifth of its own is worth more to a block than a second (325 us for 346, H = 64)
 # Named barriers: one for each pair of `prepare`'s warps, one for each state warpgroup.
 PAIR_BAR, STATE_BAR = 1, 5
 
@@ -79,7 +80,8 @@ ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
 PIECES = 8  # known ahead: more than there are stages, for sequences of a chunk or less
 AT_STARTS, AT_TOKENS, AT_WARPS = 4 * LISTED, 8 * LISTED, 12 * LISTED
 AT_END = AT_WARPS + 8 * LISTED // 32
-AT_BEGIN, AT_LAST, AT_FIRST, AT_PIECES = (AT_END + 4 * i for i in range(1, 5))
+AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST = (AT_END + 4 * i for i in range(1, 5))
+AT_PIECES = AT_END + 32
 PLAN = AT_PIECES + 32 * PIECES
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
 # fp16 holds gates as multiples of these
@@ -93,23 +95,25 @@ class KdaFwdSm90:
     def __init__(self, config: KdaFwdConfig):
         self.config = config
         self.stages = config.stages
+        self.blocks = config.v_split  # of a cluster: each prepares every other chunk for both
+        self.own_stages = self.stages - REMOTE_STAGES * (self.blocks - 1)  # then come those for what the other sends
         self.g_type = BFloat16 if config.g_dtype == "bf16" else Float32
         self.g_boxes = 2 if config.g_dtype == "bf16" else 4
-        # a stage of the ring: k and q (later Kd and Qd), g (later Kr), v, T, M
+        # a stage of the ring: k and q (later Kd and Qd), g (later Kr), T, M, v
         self.kr_half = self.g_boxes // 2 * BOX  # channels 64-127 of Kr
         self.v_boxes = 2 // config.v_split
-        self.at_v = AT_G + 2 * self.kr_half
-        self.at_t = self.at_v + self.v_boxes * BOX
+        self.at_t = AT_G + 2 * self.kr_half
         self.at_m = self.at_t + C * C * 2
-        self.stage_bytes = self.at_m + C * C * 2
+        self.at_v = self.at_m + C * C * 2  # behind all that the other block of a cluster gets
+        self.stage_bytes = self.at_v + self.v_boxes * BOX
         self.prepare_wgs = 2 if config.v_split == 2 else 1
-        self.pairs = 2 * self.prepare_wgs
+        # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
+        self.pairs = min(2 * self.prepare_wgs, self.own_stages)
         self.gate_warps = 0 if config.v_split == 2 else 2  # else `prepare` does it
-        self.inverters = 2 if config.v_split == 2 else 1
         self.state_wgs = self.v_boxes
         self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
-        # registers a lane; the sum over warpgroups is at most 512, what an SM has
-        self.regs_load, self.regs_prepare, self.regs_state = (64, 128, 160) if config.v_split == 1 else (64, 136, 160)
+        # registers a lane: those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has
+        self.regs_load, self.regs_prepare, self.regs_state = (64, 128 if config.v_split == 1 else 144, 160)
 
     # ------------------------------------------------------------------ host side
 
@@ -159,7 +163,10 @@ class KdaFwdSm90:
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
             mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, scale, lower_bound,
             flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
-        ).launch(grid=[grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        ).launch(
+            grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ device side
 
@@ -189,66 +196,81 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES)
+        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + REMOTE_STAGES)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
         listed, taken = a_empty + SYSTEMS, a_empty + SYSTEMS + PIECES
+        left = taken + PIECES  # remote stages of the other block that it has left
 
         if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(gated + s, 64)  # the gate warps, if there are any
+                    cute.arch.mbarrier_init(gated + s, 32 * (self.gate_warps or 1))  # or `fetch`
                     cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
                     cute.arch.mbarrier_init(solved + s, 32)
-                    cute.arch.mbarrier_init(empty + s, 128 * self.state_wgs)
+                    readers = 128 * self.state_wgs + (4 if self.blocks == 2 and s < self.own_stages else 0)
+                    cute.arch.mbarrier_init(empty + s, readers)
+                for i in cutlass.range_constexpr(REMOTE_STAGES):
+                    cute.arch.mbarrier_init(left + i, 4)
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
                 for i in cutlass.range_constexpr(PIECES):
                     cute.arch.mbarrier_init(listed + i, 1)
-                    # all but `load`, which lists, and an idle warp
-                    cute.arch.mbarrier_init(taken + i, self.threads - 128 + 32 * (self.inverters + self.gate_warps))
+                    # all but `load`, which lists them, and idle pairs
+                    cute.arch.mbarrier_init(taken + i, self.threads - 32 - 64 * (2 * self.prepare_wgs - self.pairs))
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
 
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
-        count = self.share(sPlan, items, H, T, cu_seqlens, workspace, flags)
-        work = (count, sPlan + AT_PIECES, listed, taken)  # what all roles walk through, see `piece`
+        self.share(sPlan, items, H, T, cu_seqlens, workspace, flags)
+        work = (sPlan, listed, taken)  # what all roles walk through, see `piece`
         cute.arch.sync_threads()
+        if const_expr(self.blocks == 2):  # the barriers are there
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    sPlan, listed, taken, items, H, T, cu_seqlens, workspace, flags, count,
+                    work, items, H, T, cu_seqlens, workspace, flags,
                 )  # fmt: skip
-            elif warp <= self.inverters:
+            elif warp == 1:
                 self.invert(
-                    warp - 1, ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
+                    ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
                     beta, scale, flags, H, T, work,
                 )  # fmt: skip
-            elif warp <= self.inverters + self.gate_warps:
-                self.gates(
-                    warp - 1 - self.inverters, ring.toint(), sTables, sBias, raw_full, gated,
-                    A_log, dt_bias, lower_bound, work,
-                )  # fmt: skip
+            else:
+                if const_expr(self.blocks == 1):
+                    self.gates(
+                        warp - 2, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
+                    )  # fmt: skip
+                elif warp == 2:
+                    self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
+                else:
+                    self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
         elif warp < 4 + 4 * self.prepare_wgs:
             cute.arch.setmaxregister_increase(self.regs_prepare)
-            self.prepare(
-                warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
-                A_log, dt_bias, lower_bound, work,
-            )  # fmt: skip
+            if warp < 4 + 2 * self.pairs:
+                self.prepare(
+                    warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
+                    A_log, dt_bias, lower_bound, work,
+                )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
-                (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, ready, solved, empty,
+                (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
                 mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, flags, work,
             )  # fmt: skip
+        if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     # ------------------------------------------------------------------ who does what
 
@@ -257,7 +279,7 @@ class KdaFwdSm90:
         self, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32
     ):  # fmt: skip
         """A worker's part of a line on which all items, the (sequence, head)s, lie one behind the other, each as long
-        as its chunks and ITEM_COST: left in shared memory; returns the number of pieces in it. A worker is a block, or
+        as its chunks and ITEM_COST: left in shared memory, with the number of pieces in it. A worker is a block, or
         the blocks that share a head.
 
         An item that lies across a border is cut there, if there is a workspace to hand its state on by; all workers
@@ -319,7 +341,7 @@ class KdaFwdSm90:
         if n == 0:
             ptx.sts_i32(sPlan + AT_END, end)
             ptx.sts_i32(sPlan + AT_BEGIN, begin)
-        return ptx.uniform(count)
+            ptx.sts_i32(sPlan + AT_COUNT, count)
 
     def part(self, total: Int32, longest: Int32):
         """(end, begin) of a worker's part of the line: never shorter than an item."""
@@ -334,10 +356,16 @@ class KdaFwdSm90:
 
     def worker(self):
         """(which, of how many)"""
-        return cute.arch.block_idx()[0] // self.config.v_split, cute.arch.grid_dim()[0] // self.config.v_split
+        return cute.arch.block_idx()[0] // self.blocks, cute.arch.grid_dim()[0] // self.blocks
 
-    def slice_of_v(self) -> Int32:
-        return cute.arch.block_idx()[0] % self.config.v_split
+    def rank(self) -> Int32:
+        """Of the block in its cluster: the chunks it prepares, if these are counted over all pieces of work, and the
+        slice of V that it has."""
+        return cute.arch.block_idx()[0] % self.blocks
+
+    def first_own(self, n: Int32, phase: Int32, period: int):
+        """Of the chunks from the n-th on the first that is the phase-th of its period."""
+        return n + (phase - n % period + period) % period
 
     @cute.jit
     def find_piece(
@@ -385,12 +413,16 @@ class KdaFwdSm90:
         tokens = cutlass.min(tokens, upto * C) - skipped * C
         return next_at, start + skipped * C, tokens, h, b, seq * H + h, fate
 
+    def count(self, work) -> Int32:
+        """Of a worker's pieces."""
+        return ptx.uniform(ptx.lds_i32(work[0] + AT_COUNT))
+
     @cute.jit
     def piece(self, nth: Int32, work):
         """A piece as `load` lists it: (first token, tokens, head, batch, number of the state, what becomes of it,
         number of the next initial state or -1)."""
-        _, pieces, listed, taken = work
-        at = pieces + nth % PIECES * 32
+        sPlan, listed, taken = work
+        at = sPlan + AT_PIECES + nth % PIECES * 32
         cute.arch.mbarrier_wait(listed + nth % PIECES, nth // PIECES & 1)
         numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
         cute.arch.mbarrier_arrive(taken + nth % PIECES)
@@ -447,11 +479,9 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        sPlan: Int32, listed, taken, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
-        flags: Int32, count: Int32,
+        work, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32,
     ):  # fmt: skip
         """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
-        S = self.stages
 
         def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
@@ -459,9 +489,10 @@ class KdaFwdSm90:
         bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
-        vs = self.slice_of_v()
-        stage, phase = Int32(0), Int32(1)
-        at = ptx.lds_i32(sPlan + AT_END)
+        S, vs = self.own_stages, self.rank()
+        stage, phase, n = Int32(0), Int32(1), Int32(0)
+        sPlan, listed, taken = work
+        count, at = self.count(work), ptx.lds_i32(sPlan + AT_END)
         start, tokens, h, b, nh, fate = (Int32(0) for _ in range(6))
         for nth in cutlass.range(count + 1, unroll=1):
             # finds a piece, so that all roles know early what comes next; lists and loads the one before
@@ -483,7 +514,8 @@ class KdaFwdSm90:
             sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
             sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
-            for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
+            chunks = cute.ceil_div(tokens, C)
+            for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
@@ -499,7 +531,55 @@ class KdaFwdSm90:
                 if stage == S:
                     stage = Int32(0)
                     phase ^= 1
+            n += chunks
             at, start, tokens, h, b, nh, fate = found
+
+    # ------------------------------------------------------------------ between the blocks of a cluster
+
+    @cute.jit
+    def send(self, ring: Int32, sTables: Int32, ready, solved, raw_full, left, work):
+        """One warp: each chunk that this block has prepared, all but v, to the other block."""
+        S, other, n = self.own_stages, self.rank() ^ 1, Int32(0)
+        for nth in cutlass.range(self.count(work), unroll=1):
+            _, tokens, _, _, _, _, _ = self.piece(nth, work)
+            end = n + cute.ceil_div(tokens, C)
+            for c in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
+                own = c // 2
+                stage, there = own % S, own % REMOTE_STAGES
+                cute.arch.mbarrier_wait(ready + stage, own // S & 1)
+                cute.arch.mbarrier_wait(solved + stage, own // S & 1)
+                cute.arch.mbarrier_wait(left + there, own // REMOTE_STAGES & 1 ^ 1)
+                bar = (raw_full + S + there).toint()
+                with cute.arch.elect_one():
+                    for base, step, size in ((ring, self.stage_bytes, self.at_v), (sTables, TABLES, TABLES)):
+                        ptx.send(base + (S + there) * step, base + stage * step, size, bar, other)
+            n = end
+
+    @cute.jit
+    def fetch(self, v_tma, mV, ring, raw_full, gated, empty, work):
+        """One warp: v for the chunks that the other block prepares. `gated` says that rows behind the end are zero."""
+        bV = self.staged(
+            ring + self.at_v, BFloat16, SmemLayoutAtomKind.K_SW128, (C, 64, self.v_boxes), (0, 1, 2)
+        )  # fmt: skip
+        lane, rank, n = cute.arch.lane_idx(), self.rank(), Int32(0)
+        for nth in cutlass.range(self.count(work), unroll=1):
+            start, tokens, h, b, _, _, _ = self.piece(nth, work)
+            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
+            end = n + cute.ceil_div(tokens, C)
+            for c in cutlass.range(self.first_own(n, rank ^ 1, 2), end, 2, unroll=1):
+                theirs = c // 2
+                stage = self.own_stages + theirs % REMOTE_STAGES
+                cute.arch.mbarrier_wait(empty + stage, theirs // REMOTE_STAGES & 1 ^ 1)
+                bar = raw_full + stage
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, BOX + self.at_v + TABLES)
+                cute.copy(v_tma, gV[None, c - n, rank], sV_[None, 0, stage], tma_bar_ptr=bar)
+                valid = tokens - (c - n) * C
+                if valid < C:
+                    cute.arch.mbarrier_wait(bar, theirs // REMOTE_STAGES & 1)
+                    self.clear_rows((ring + self.at_v).toint() + stage * self.stage_bytes, valid, lane)
+                cute.arch.mbarrier_arrive(gated + stage)
+            n = end
 
     # ------------------------------------------------------------------ gate
 
@@ -516,7 +596,7 @@ class KdaFwdSm90:
         lane = cute.arch.lane_idx()
         bias_at = sBias + half * 256
         stage, phase = Int32(0), Int32(0)
-        for nth in cutlass.range(work[0], unroll=1):
+        for nth in cutlass.range(self.count(work), unroll=1):
             _, tokens, h, _, _, _, _ = self.piece(nth, work)
             slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
@@ -674,7 +754,7 @@ class KdaFwdSm90:
         Warp h of a pair has channels 64 h .. of all 32 tokens, and so half sums of A and M, which the two exchange at
         the chunk's end.
         """
-        S, P = self.stages, self.pairs
+        S, P, blocks, rank = self.own_stages, self.pairs, self.blocks, self.rank()
         pair, half, bias_at = warp // 2, warp % 2, sBias + warp * 256
         lane = cute.arch.lane_idx()
         row, col = lane // 4, lane % 4 * 2
@@ -689,26 +769,27 @@ class KdaFwdSm90:
         tile = self.tile_at(Int32(0), lane)
 
         n = Int32(0)  # chunks of the pieces before
-        for nth in cutlass.range(work[0], unroll=1):
+        for nth in cutlass.range(self.count(work), unroll=1):
             _, tokens, h, _, _, _, _ = self.piece(nth, work)
-            first, end = n + ((pair - n) & (P - 1)), n + cute.ceil_div(tokens, C)
+            first, end = self.first_own(n, blocks * pair + rank, blocks * P), n + cute.ceil_div(tokens, C)
             slope = Float32(0.0)
             if const_expr(self.gate_warps == 0):
                 if first < end:
                     slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
             tokens += n * C  # from the block's first chunk on, as c
-            for c in cutlass.range(first, end, P, unroll=1):
-                stage, slot = c % S, c % SYSTEMS
+            for c in cutlass.range(first, end, blocks * P, unroll=1):
+                own = c // blocks
+                stage, slot = own % S, own % SYSTEMS
                 left = tokens - c * C
                 sStage = ring + stage * self.stage_bytes
                 system = sSystems + slot * SYSTEM
-                self.wait(raw_full + stage, c // S & 1, lane)
+                self.wait(raw_full + stage, own // S & 1, lane)
                 if left < C:
                     self.clear_tail(lane, half, left, sStage)
                 if const_expr(self.gate_warps == 0):
                     self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane)
                 else:
-                    self.wait(gated + stage, c // S & 1, lane)
+                    self.wait(gated + stage, own // S & 1, lane)
                 cute.arch.sync_warp()
                 tile_kq = sStage + half * (2 * BOX) + tile
                 tile_kr = sStage + AT_G + half * self.kr_half + tile
@@ -722,11 +803,8 @@ class KdaFwdSm90:
                 A, M, q2 = self.accumulators(acc)
 
                 # `invert` takes A and the squares from one of its buffers
-                if const_expr(P > SYSTEMS):
-                    # other pairs use it too: a phase says whose turn it is only to who is not late
-                    if c >= P:
-                        self.wait(solved + (c - P) % S, (c - P) // S & 1, lane)
-                self.wait(a_empty + slot, c // SYSTEMS & 1 ^ 1, lane)
+                # (the phase before the last is over: the pair has seen that `state` had left the chunk S before)
+                self.wait(a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
                 for i in cutlass.range_constexpr(4):
                     q_sum = self.quad_sum(q2[i])
                     if lane % 4 == 0:
@@ -781,13 +859,16 @@ class KdaFwdSm90:
     @cute.jit
     def clear_tail(self, lane: Int32, half: Int32, valid: Int32, sStage: Int32):
         """Rows behind the sequence's end hold the next one's tokens: zero them, so that not even a NaN gets in."""
+        self.clear_rows(sStage + half * (2 * BOX), valid, lane)
+        self.clear_rows(sStage + half * (2 * BOX) + BOX, valid, lane)
+        if half < self.v_boxes:
+            self.clear_rows(sStage + self.at_v + half * BOX, valid, lane)
+
+    @cute.jit
+    def clear_rows(self, box: Int32, valid: Int32, lane: Int32):
         for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
-            at = sStage + (lane + 32 * j) * 16
             if lane + 32 * j >= valid * 8:
-                ptx.sts_16(at + half * (2 * BOX), Uint32(0))
-                ptx.sts_16(at + half * (2 * BOX) + BOX, Uint32(0))
-                if half < self.v_boxes:
-                    ptx.sts_16(at + self.at_v + half * BOX, Uint32(0))
+                ptx.sts_16(box + (lane + 32 * j) * 16, Uint32(0))
 
     def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
         """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
@@ -921,10 +1002,10 @@ class KdaFwdSm90:
 
     @cute.jit
     def invert(
-        self, which: Int32, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, solved, a_full, a_empty,
+        self, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, solved, a_full, a_empty,
         beta: Int64, scale: Float32, flags: Int32, H: Int32, T: Int32, work,
     ):  # fmt: skip
-        """One warp, or two with every other chunk each: T = diag(1/|k|) (I + A)^-1 diag(beta).
+        """One warp: T = diag(1/|k|) (I + A)^-1 diag(beta).
 
         The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
         multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor
@@ -935,21 +1016,22 @@ class KdaFwdSm90:
         """
         lane = cute.arch.lane_idx()
         n = Int32(0)
-        for nth in cutlass.range(work[0], unroll=1):
+        for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b, _, _, _ = self.piece(nth, work)
-            first, end = n + ((which - n) & (self.inverters - 1)), n + cute.ceil_div(tokens, C)
+            first, end = self.first_own(n, self.rank(), self.blocks), n + cute.ceil_div(tokens, C)
             beta_at = (Int64(b) * T + start - n * C) * H + h
             tokens += n * C  # from the block's first chunk on, as c
             next_beta = self.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
-            for c in cutlass.range(first, end, self.inverters, unroll=1):
-                stage, slot = c % self.stages, c % SYSTEMS
+            for c in cutlass.range(first, end, self.blocks, unroll=1):
+                own = c // self.blocks
+                stage, slot = own % self.own_stages, own % SYSTEMS
                 system = sSystems + slot * SYSTEM
                 norm_at = sTables + stage * TABLES + NORM
                 raw_beta = next_beta
-                next_beta = self.load_beta(beta, beta_at, H, (c + self.inverters) * C + lane, tokens, flags)
+                next_beta = self.load_beta(beta, beta_at, H, (c + self.blocks) * C + lane, tokens, flags)
                 # what makes the stage's tables ours: `state` has left them, the loads have come
-                cute.arch.mbarrier_wait(raw_full + stage, c // self.stages & 1)
-                cute.arch.mbarrier_wait(a_full + slot, c // SYSTEMS & 1)
+                cute.arch.mbarrier_wait(raw_full + stage, own // self.own_stages & 1)
+                cute.arch.mbarrier_wait(a_full + slot, own // SYSTEMS & 1)
                 squares = system + SQUARES + lane * 4
                 rk = self.inverse_norm(ptx.lds_f32(squares), flags)
                 rq = self.inverse_norm(ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4), flags)
@@ -1061,13 +1143,12 @@ class KdaFwdSm90:
 
     @cute.jit
     def state(
-        self, wg: Int32, ring, out, sTables: Int32, ready, solved, empty,
+        self, wg: Int32, ring, out, sTables: Int32, raw_full, gated, ready, solved, empty, left,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
         o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64,
         flags: Int32, work,
     ):  # fmt: skip
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens."""
-        S = self.stages
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
         col = lane % 4 * 2
@@ -1097,10 +1178,10 @@ class KdaFwdSm90:
         # ldmatrix / stmatrix with a transposition: lane l serves token l % 8 + 8 (l // 16), 16-byte column of v
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
-        stage, phase, buf = Int32(0), Int32(0), Int32(0)
+        n, buf = Int32(0), Int32(0)
 
-        vs = self.slice_of_v() + wg  # of 64 value rows
-        for nth in cutlass.range(work[0], unroll=1):
+        vs = self.rank() + wg  # of 64 value rows
+        for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b, nh, fate, next_nh = self.piece(nth, work)
             chunks = cute.ceil_div(tokens, C)
             if (fate & TAKEN_OVER) != 0:
@@ -1110,7 +1191,12 @@ class KdaFwdSm90:
             self.prefetch_state(initial_state, next_nh, vs, flags)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
-                cute.arch.mbarrier_wait(ready + stage, phase)
+                stage, phase, is_own = self.stage_of(n)
+                prepared, inverted = ready + stage, solved + stage
+                if const_expr(self.blocks == 2):
+                    if not is_own:
+                        prepared, inverted = raw_full + stage, gated + stage
+                cute.arch.mbarrier_wait(prepared, phase)
                 self.to_operand(acc_s, fS)
                 # [Kd S^T | Qd S^T]^T
                 warpgroup.fence()
@@ -1118,7 +1204,7 @@ class KdaFwdSm90:
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
-                cute.arch.mbarrier_wait(solved + stage, phase)
+                cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
@@ -1162,6 +1248,11 @@ class KdaFwdSm90:
                 ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
                 warpgroup.wait_group(0)
                 cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
+                if const_expr(self.blocks == 2):
+                    cute.arch.sync_warp()
+                    theirs = n // 2
+                    for bar in (empty + theirs % self.own_stages, left + theirs % REMOTE_STAGES):
+                        ptx.remote_arrive(bar.toint(), self.rank() ^ 1, (lane == 0) & (not is_own))
                 cute.arch.fence_view_async_shared()
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has left the other buffer
@@ -1173,15 +1264,23 @@ class KdaFwdSm90:
                 else:
                     self.store_tail(o_row + buf * BOX, mO, start + c * C, tokens - c * C, h, b, vs, thread)
                 buf ^= 1
-                stage += 1
-                if stage == S:
-                    stage = Int32(0)
-                    phase ^= 1
+                n += 1
             if (fate & FINAL) != 0:
                 self.store_state(acc_s, final_state, nh, vs, flags)
             elif (fate & HANDED_ON) != 0:
                 self.hand_on_state(acc_s, workspace, wg, thread)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def stage_of(self, n: Int32):
+        """(stage, phase, whether this block prepares it) of the n-th chunk."""
+        S, m = self.own_stages, n // self.blocks
+        stage, phase, is_own = m % S, m // S & 1, Boolean(True)
+        if const_expr(self.blocks == 2):
+            is_own = n % 2 == self.rank()
+            if not is_own:
+                stage, phase = S + m % REMOTE_STAGES, m // REMOTE_STAGES & 1
+        return stage, phase, is_own
 
     def gemm(self, mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
         for k in range(cute.size(a, mode=[2])):

@@ -327,3 +327,23 @@ def prefetch_l2(at: Int64, exists: Boolean, *, loc=None, ip=None) -> None:
         "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p prefetch.global.L2 [$0]; }",
         [], [at, Int32(exists)], "l,r,~{memory}", True, loc, ip,
     )  # fmt: skip
+
+
+@dsl_user_op
+def remote_arrive(bar: Int32, rank: Int32, condition: Boolean, *, loc=None, ip=None) -> None:
+    """At the mbarrier of another block of the cluster that is where `bar` is in this one."""
+    _asm(
+        "{ .reg .pred p; .reg .b32 t; setp.ne.s32 p, $2, 0; mapa.shared::cluster.u32 t, $0, $1; "
+        "@p mbarrier.arrive.shared::cluster.b64 _, [t]; }",
+        [], [bar, rank, Int32(condition)], "r,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def send(to: Int32, at: Int32, size: int, bar: Int32, rank: Int32, *, loc=None, ip=None) -> None:
+    """Shared memory to another block of the cluster; `to` and `bar`, which counts the bytes, are what they are here."""
+    _asm(
+        "{ .reg .b32 t, u; mapa.shared::cluster.u32 t, $0, $4; mapa.shared::cluster.u32 u, $3, $4; "
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [t], [$1], $2, [u]; }",
+        [], [to, at, Int32(size), bar, rank], "r,r,r,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip

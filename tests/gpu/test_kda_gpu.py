@@ -5,6 +5,7 @@ KDA_CUTE_GPU_EXAMPLES sets the number of random calls (2000).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -37,6 +38,24 @@ def v_split(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sm90, "v_split", lambda *_: request.param)
         m.setattr(ops, "_known", {})
+        yield
+
+
+@contextlib.contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """The kernel gets so many blocks at most, and so cuts items, as otherwise only in large calls. 0: all there are."""
+    from kda_cute import sm90
+
+    with pytest.MonkeyPatch.context() as m:
+        if count:
+            m.setattr(sm90, "_sm_count", lambda _: count)
+            m.setattr(ops, "_known", {})
+        yield
+
+
+@pytest.fixture(params=[0, 5], ids=["whole", "cut"])
+def few_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
+    with multiprocessors(request.param):
         yield
 
 
@@ -96,7 +115,8 @@ def check(case: Case) -> None:
 @settings(settings.get_profile(os.environ.get("KDA_CUTE_GPU_PROFILE", "gpu")))
 @given(case=cases(served=True, max_tokens=400))
 def test_call(case: Case) -> None:
-    check(case)
+    with multiprocessors((0, 2, 5)[case.seed % 3]):
+        check(case)
 
 
 LENGTHS = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
@@ -180,7 +200,22 @@ def test_accuracy(gates: str, bound: float, g_dtype: str, state: bool, capsys: p
 # ---- the same bits, whenever and wherever
 
 
+@pytest.mark.parametrize("count", [2, 3, 8, 31])
+@pytest.mark.parametrize("lengths", [(333,) * 5, (700, 0, 1, 33, 64, 1500, 31) * 3], ids=["fixed", "packed"])
+@pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
+def test_cuts_change_no_bit(g_dtype: str, lengths: tuple[int, ...], count: int) -> None:
+    """An item goes on in another block with the state that it had in fp32."""
+    cu_seqlens = "int32" if len(set(lengths)) > 1 else None
+    call = make(Case(23, lengths, cu_seqlens, H=7, g_dtype=g_dtype, initial_state="fp32", final_state="new"), DEVICE)
+    with multiprocessors(1000):
+        o_whole, S_whole = run(call)
+    with multiprocessors(count):
+        o, S = run(call)
+    assert torch.equal(o, o_whole) and torch.equal(S, S_whole)
+
+
 @BOTH
+@pytest.mark.usefixtures("few_blocks")
 def test_deterministic(case: Case) -> None:
     call = make(case, DEVICE)
     o, S = run(call)
@@ -190,6 +225,7 @@ def test_deterministic(case: Case) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("few_blocks")
 def test_graph_replays_with_other_inputs(case: Case) -> None:
     call, other = make(case, DEVICE), make(Case(**{**vars(case), "seed": 99, "lengths": case.lengths[::-1]}), DEVICE)
     o_eager, S_eager = run(other)
@@ -207,6 +243,7 @@ def test_graph_replays_with_other_inputs(case: Case) -> None:
 
 
 @BOTH
+@pytest.mark.usefixtures("few_blocks")
 def test_runs_on_the_current_stream(case: Case) -> None:
     """Inputs that become right only behind a long wait on a side stream."""
     call = make(case, DEVICE)
