@@ -803,7 +803,10 @@ class KdaFwdSm90:
                 A, M, q2 = self.accumulators(acc)
 
                 # `invert` takes A and the squares from one of its buffers
-                # (the phase before the last is over: the pair has seen that `state` had left the chunk S before)
+                if const_expr(P > SYSTEMS):
+                    # other pairs use it too: a phase says whose turn it is only to who is not late
+                    if own >= P:
+                        self.wait(solved + (own - P) % S, (own - P) // S & 1, lane)
                 self.wait(a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
                 for i in cutlass.range_constexpr(4):
                     q_sum = self.quad_sum(q2[i])
