@@ -1,15 +1,18 @@
 """KDA forward for Hopper: one fused, persistent, warp-specialised kernel.
 
-A thread block takes a (sequence, head) at a time, or a slice of V of one, and walks it in chunks of C = 32 tokens
-through a ring of stages in shared memory. docs/kernel.md says why it is as it is.
+A thread block takes a (sequence, head) at a time, or a piece of one, and walks it in chunks of C = 32 tokens through a
+ring of stages in shared memory. Or two blocks do, a cluster, with half of V each: then each prepares every other chunk,
+for both. docs/kernel.md says why it is as it is.
 
-    load      one warp            TMA: q, k, v, g of a chunk -> stage
-    gates     two warps           g -> gate, fp16, in place; anchors of each channel
+    load      one warp            finds the work and lists it for all; TMA: q, k, v, g of a chunk -> stage
+    gates     two warps           g -> gate, fp16, in place; anchors of each channel (in a cluster `prepare` does it)
     prepare   pairs of warps,     q, k, gate -> Qd, Kd, Kr in place; M; A -> `invert`
               a chunk each
-    invert    one or two warps    T = (I + A)^-1
+    invert    one warp            T = (I + A)^-1
     state     a warpgroup for     S in registers: WGMMA; o -> TMA store
               each 64 rows of V
+    send,     one warp each,      a prepared chunk -> the other block's stage; v of the other's chunks
+    fetch     in a cluster
 
 With S [V, K] the state before the chunk and G_i the log2 decay summed over tokens 0..i of it, the chunk is
 
@@ -55,8 +58,6 @@ LOG2_E = 1.4426950408889634
 EPS = 1e-6  # of the l2 norm, as in fla
 
 C = 32  # tokens in a chunk
-FINAL, HANDED_ON, TAKEN_OVER = 1, 2, 4  # what becomes of a piece's state, and whether it comes from another block
-HANDED = 0x6B64615F68616E64  # what says that a state has been handed on; nothing else is likely to look like it
 SUB = 16  # tokens with one anchor: 8 * 5 nats either way of it stay far inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
@@ -75,14 +76,16 @@ A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 3 * C * 4
 ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
-# The plan: of each listed sequence its place on the line of `share`, first token and tokens; sums of warps; numbers of
-# this block; the pieces of work that come next.
-PIECES = 8  # known ahead: more than there are stages, for sequences of a chunk or less
+# The plan: of each listed sequence its place on the line of `share`, first token and tokens; sums of warps; of the part
+# of this worker the end, the begin, the number of pieces, its last and first sequence; the pieces that come next.
+PIECES = 8  # so many: more than there are stages, for sequences of a chunk or less
 AT_STARTS, AT_TOKENS, AT_WARPS = 4 * LISTED, 8 * LISTED, 12 * LISTED
 AT_END = AT_WARPS + 8 * LISTED // 32
 AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST = (AT_END + 4 * i for i in range(1, 5))
 AT_PIECES = AT_END + 32
 PLAN = AT_PIECES + 32 * PIECES
+FINAL, HANDED_ON, TAKEN_OVER = 1, 2, 4  # what becomes of a piece's state, and whether it comes from another block
+HANDED = 0x6B64615F68616E64  # the flag in the workspace that says so; what lies there before hardly looks like it
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
@@ -481,7 +484,8 @@ class KdaFwdSm90:
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
         work, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32,
     ):  # fmt: skip
-        """One warp: TMA of q, k, v, g for each chunk. Boxes past the last token of the tensor arrive as zeros."""
+        """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
+        the tensor arrive as zeros."""
 
         def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
@@ -495,7 +499,7 @@ class KdaFwdSm90:
         count, at = self.count(work), ptx.lds_i32(sPlan + AT_END)
         start, tokens, h, b, nh, fate = (Int32(0) for _ in range(6))
         for nth in cutlass.range(count + 1, unroll=1):
-            # finds a piece, so that all roles know early what comes next; lists and loads the one before
+            # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
             found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0)
             if nth < count:
                 found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags)
@@ -558,9 +562,7 @@ class KdaFwdSm90:
     @cute.jit
     def fetch(self, v_tma, mV, ring, raw_full, gated, empty, work):
         """One warp: v for the chunks that the other block prepares. `gated` says that rows behind the end are zero."""
-        bV = self.staged(
-            ring + self.at_v, BFloat16, SmemLayoutAtomKind.K_SW128, (C, 64, self.v_boxes), (0, 1, 2)
-        )  # fmt: skip
+        bV = self.staged(ring + self.at_v, BFloat16, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
         lane, rank, n = cute.arch.lane_idx(), self.rank(), Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b, _, _, _ = self.piece(nth, work)

@@ -355,7 +355,7 @@ def test_memory_is_bounded(launches: list[Any], monkeypatch: pytest.MonkeyPatch)
         for _ in range(2):
             chunk_kda(**full(FIXED, scale=scale))
         assert len(ops._known) <= 3
-    assert launches[-1][13] == 19
+    assert launches[-1][14] == 19
 
 
 def test_no_tensor_is_kept(launches: list[Any]) -> None:
