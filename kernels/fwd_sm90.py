@@ -134,7 +134,7 @@ class KdaFwdSm90:
         initial_state: Int64,  # [N, H, V, K] or [N, H, K, V], bf16 or fp32, or 0
         final_state: Int64,
         cu_seqlens: Int64,  # [N + 1] int32 or int64, or 0
-        workspace: Int64,  # WORKSPACE bytes for each block, or 0: no item is cut
+        workspace: Int64,  # workspace_bytes of memory, or 0: no item is cut
         N: Int32,
         scale: Float32,
         lower_bound: Float32,
@@ -1325,7 +1325,7 @@ class KdaFwdSm90:
 
     @cute.jit
     def take_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
-        """From the worker before, once it is there. The flag is left as it was found, no matter what that was."""
+        """From the worker before, once it is there. The flag is cleared: whoever has this memory next, finds none."""
         flag, at = self.handed(workspace, cute.arch.block_idx()[0] - self.config.v_split, wg, thread)
         while ptx.ldg_acquire(flag) != HANDED:
             pass
