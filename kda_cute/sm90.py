@@ -32,8 +32,8 @@ _workspaces: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
 def _workspace(device: int, size: int) -> torch.Tensor:
-    """Where blocks hand states on: one for each stream, whose kernels run one after the other. A kernel clears the flags
-    it sets. A CUDA graph, which may run on any stream, has its own, from its own memory."""
+    """Where blocks hand states on: one for each stream, whose kernels run one after the other and clear the flags that
+    they set. A CUDA graph, which may run on any stream, has its own, from its own memory."""
     if torch.cuda.is_current_stream_capturing():
         return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
     stream = torch.cuda.current_stream(device)
