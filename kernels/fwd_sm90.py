@@ -61,7 +61,6 @@ C = 32  # tokens in a chunk
 SUB = 16  # tokens with one anchor: 8 * 5 nats either way of it stay far inside fp32's and bf16's exponent range
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
-REMOTE_STAGES = 1  # a fifth of its own is worth more to a block than a second (325 us for 346, H = 64)
 # Named barriers: one for each pair of `prepare`'s warps, one for each state warpgroup.
 PAIR_BAR, STATE_BAR = 1, 5
 
@@ -99,7 +98,8 @@ class KdaFwdSm90:
         self.config = config
         self.stages = config.stages
         self.blocks = config.v_split  # of a cluster: each prepares every other chunk for both
-        self.own_stages = self.stages - REMOTE_STAGES * (self.blocks - 1)  # then come those for what the other sends
+        # In a cluster the last stage is for what the other block sends; another own one is worth more than a second.
+        self.own_stages = self.stages - (self.blocks - 1)
         self.g_type = BFloat16 if config.g_dtype == "bf16" else Float32
         self.g_boxes = 2 if config.g_dtype == "bf16" else 4
         # a stage of the ring: k and q (later Kd and Qd), g (later Kr), T, M, v
@@ -161,7 +161,7 @@ class KdaFwdSm90:
             return cute.make_tiled_mma(op)
 
         items = N * cute.size(mO.shape[2])
-        grid = cutlass.min(items, max_blocks // self.config.v_split) * self.config.v_split
+        grid = cutlass.min(items, max_blocks // self.blocks) * self.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
             mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, scale, lower_bound,
@@ -199,12 +199,12 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + REMOTE_STAGES)
+        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 1)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
         listed, taken = a_empty + SYSTEMS, a_empty + SYSTEMS + PIECES
-        left = taken + PIECES  # remote stages of the other block that it has left
+        left = taken + PIECES  # the other block has left what it was sent
 
         if warp == 0:
             with cute.arch.elect_one():
@@ -215,8 +215,7 @@ class KdaFwdSm90:
                     cute.arch.mbarrier_init(solved + s, 32)
                     readers = 128 * self.state_wgs + (4 if self.blocks == 2 and s < self.own_stages else 0)
                     cute.arch.mbarrier_init(empty + s, readers)
-                for i in cutlass.range_constexpr(REMOTE_STAGES):
-                    cute.arch.mbarrier_init(left + i, 4)
+                cute.arch.mbarrier_init(left, 4)
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
@@ -545,40 +544,39 @@ class KdaFwdSm90:
         """One warp: each chunk that this block has prepared, all but v, to the other block."""
         S, other, n = self.own_stages, self.rank() ^ 1, Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
-            _, tokens, _, _, _, _, _ = self.piece(nth, work)
+            tokens = self.piece(nth, work)[1]
             end = n + cute.ceil_div(tokens, C)
             for c in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
                 own = c // 2
-                stage, there = own % S, own % REMOTE_STAGES
+                stage = own % S
                 cute.arch.mbarrier_wait(ready + stage, own // S & 1)
                 cute.arch.mbarrier_wait(solved + stage, own // S & 1)
-                cute.arch.mbarrier_wait(left + there, own // REMOTE_STAGES & 1 ^ 1)
-                bar = (raw_full + S + there).toint()
+                cute.arch.mbarrier_wait(left, own & 1 ^ 1)
+                bar = (raw_full + S).toint()
                 with cute.arch.elect_one():
                     for base, step, size in ((ring, self.stage_bytes, self.at_v), (sTables, TABLES, TABLES)):
-                        ptx.send(base + (S + there) * step, base + stage * step, size, bar, other)
+                        ptx.send(base + S * step, base + stage * step, size, bar, other)
             n = end
 
     @cute.jit
     def fetch(self, v_tma, mV, ring, raw_full, gated, empty, work):
         """One warp: v for the chunks that the other block prepares. `gated` says that rows behind the end are zero."""
         bV = self.staged(ring + self.at_v, BFloat16, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
-        lane, rank, n = cute.arch.lane_idx(), self.rank(), Int32(0)
+        lane, rank, stage, n = cute.arch.lane_idx(), self.rank(), self.own_stages, Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b, _, _, _ = self.piece(nth, work)
+            start, tokens, h, b = self.piece(nth, work)[:4]
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
             end = n + cute.ceil_div(tokens, C)
             for c in cutlass.range(self.first_own(n, rank ^ 1, 2), end, 2, unroll=1):
-                theirs = c // 2
-                stage = self.own_stages + theirs % REMOTE_STAGES
-                cute.arch.mbarrier_wait(empty + stage, theirs // REMOTE_STAGES & 1 ^ 1)
+                phase = c // 2 & 1
+                cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(bar, BOX + self.at_v + TABLES)
                 cute.copy(v_tma, gV[None, c - n, rank], sV_[None, 0, stage], tma_bar_ptr=bar)
                 valid = tokens - (c - n) * C
                 if valid < C:
-                    cute.arch.mbarrier_wait(bar, theirs // REMOTE_STAGES & 1)
+                    cute.arch.mbarrier_wait(bar, phase)
                     self.clear_rows((ring + self.at_v).toint() + stage * self.stage_bytes, valid, lane)
                 cute.arch.mbarrier_arrive(gated + stage)
             n = end
@@ -599,7 +597,7 @@ class KdaFwdSm90:
         bias_at = sBias + half * 256
         stage, phase = Int32(0), Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
-            _, tokens, h, _, _, _, _ = self.piece(nth, work)
+            tokens, h = self.piece(nth, work)[1:3]
             slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 sStage = ring + stage * self.stage_bytes
@@ -772,7 +770,7 @@ class KdaFwdSm90:
 
         n = Int32(0)  # chunks of the pieces before
         for nth in cutlass.range(self.count(work), unroll=1):
-            _, tokens, h, _, _, _, _ = self.piece(nth, work)
+            tokens, h = self.piece(nth, work)[1:3]
             first, end = self.first_own(n, blocks * pair + rank, blocks * P), n + cute.ceil_div(tokens, C)
             slope = Float32(0.0)
             if const_expr(self.gate_warps == 0):
@@ -1022,7 +1020,7 @@ class KdaFwdSm90:
         lane = cute.arch.lane_idx()
         n = Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b, _, _, _ = self.piece(nth, work)
+            start, tokens, h, b = self.piece(nth, work)[:4]
             first, end = self.first_own(n, self.rank(), self.blocks), n + cute.ceil_div(tokens, C)
             beta_at = (Int64(b) * T + start - n * C) * H + h
             tokens += n * C  # from the block's first chunk on, as c
@@ -1255,8 +1253,7 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
                 if const_expr(self.blocks == 2):
                     cute.arch.sync_warp()
-                    theirs = n // 2
-                    for bar in (empty + theirs % self.own_stages, left + theirs % REMOTE_STAGES):
+                    for bar in (empty + n // 2 % self.own_stages, left):
                         ptx.remote_arrive(bar.toint(), self.rank() ^ 1, (lane == 0) & (not is_own))
                 cute.arch.fence_view_async_shared()
                 if warp == 0:
@@ -1284,7 +1281,7 @@ class KdaFwdSm90:
         if const_expr(self.blocks == 2):
             is_own = n % 2 == self.rank()
             if not is_own:
-                stage, phase = S + m % REMOTE_STAGES, m // REMOTE_STAGES & 1
+                stage, phase = Int32(S), m & 1
         return stage, phase, is_own
 
     def gemm(self, mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
@@ -1326,7 +1323,7 @@ class KdaFwdSm90:
     @cute.jit
     def take_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
         """From the worker before, once it is there. The flag is cleared: whoever has this memory next, finds none."""
-        flag, at = self.handed(workspace, cute.arch.block_idx()[0] - self.config.v_split, wg, thread)
+        flag, at = self.handed(workspace, cute.arch.block_idx()[0] - self.blocks, wg, thread)
         while ptx.ldg_acquire(flag) != HANDED:
             pass
         cute.arch.sync_warp()
