@@ -36,9 +36,9 @@ def _workspace(device: int, size: int) -> torch.Tensor:
     they set. A CUDA graph, which may run on any stream, has its own, from its own memory."""
     if torch.cuda.is_current_stream_capturing():
         return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
-    stream = torch.cuda.current_stream(device)
-    key = device, stream.cuda_stream, size
+    key = device, torch._C._cuda_getCurrentRawStream(device), size  # current_stream makes an object
     if key not in _workspaces:
+        stream = torch.cuda.current_stream(device)
         with torch.cuda.stream(stream):
             _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=stream.device)
     return _workspaces[key]
