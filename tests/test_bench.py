@@ -220,7 +220,7 @@ def test_pictures_of_made_up_rows(tmp_path):
     assert list(ours.get_xdata()) == [8, 16, 32, 64, 96]
     tokens, gates = plot.time_by_tokens(drawn), plot.time_by_gate(drawn)
     assert tokens is not None and titles(tokens) == ["one sequence, H = 8", "one sequence, H = 16"]
-    assert gates is not None and titles(gates) == ["T = 8192, H = 16", "T = 8192, H = 96"]
+    assert gates is not None and titles(gates) == ["T = 8192, H = 16", "T = 8192, H = 96", "T = 65536, H = 16"]
     assert plot.save([], tmp_path) == []
 
 
