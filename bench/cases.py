@@ -56,7 +56,7 @@ SUITES = {
     "gates": [
         Case((T,), H, gate) for T, H in ((8192, 96), (8192, 16), (65536, 16)) for gate in ("prod", "weak", "mixed")
     ],
-    "length": [Case((16384 << i,), 8) for i in range(7)],
+    "length": [Case((16384 << i,), 8) for i in range(7)],  # is time linear in T?
     "ragged": [Case(LONG_AND_SHORT, 8), Case((sum(LONG_AND_SHORT) // len(LONG_AND_SHORT),) * len(LONG_AND_SHORT), 8)],
 }
 
