@@ -19,7 +19,9 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_
 CHUNK_US = {1: 1.96, 2: 1.26}
 LISTED = 128  # of more packed sequences the lengths are not looked at before: each is a small part of the work
 ITEM_COST = 3  # in chunks: what a (sequence, head) takes besides its chunks, to load and store its state
-FLAGS_BYTES = 4096  # of a workspace: a flag of 8 bytes for each 64 value rows of each block; their states lie behind
+MIN_PART = 8  # chunks that a worker has at least, before an item is cut only to be done sooner
+MAX_WARM = 16  # chunks at most by which a segment begins early
+STATE_BYTES = 64 * 128 * 4  # a slice of a state: 64 value rows, fp32
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,33 @@ def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     return 2 if us(2) < us(1) else 1
 
 
-def workspace_bytes(N: int, H: int, packed: bool, split: Literal[1, 2], sms: int) -> int:
-    """Bytes of global memory by which a head goes on in another block; 0 if none does, because all find a place or
-    because there are too many packed sequences."""
-    if N * H <= sms // split or (packed and N > LISTED):
+def part(total, longest, workers, most=max, choose=lambda condition, a, b: a if condition else b):
+    """(length, warm) of the parts into which the line of all work is cut for the workers, in chunks, where `total` is
+    its length and `longest` that of its longest item. Plain arithmetic: the kernel evaluates it too.
+
+    warm = 0: no part is shorter than an item, so that an item is cut once at most, and goes on where its state comes in
+    time. Otherwise parts are shorter, items are cut into segments that run at the same time, and each segment begins
+    `warm` chunks early: see `KdaFwdSm90.state`.
+    """
+    even = (total + workers - 1) // workers
+    short = most(even, MIN_PART)
+    segments = 5 * short <= 4 * longest
+    warm = MAX_WARM - most(MAX_WARM - most(short // 32, 1), 0)
+    return choose(segments, short, most(even, longest)), choose(segments, warm, 0)
+
+
+def flags_bytes(slices):
+    """Of a workspace: 8 for each of two states a slice, and for what each slice has to say to each other one."""
+    return ((slices + 2) * slices * 8 + 127) // 128 * 128
+
+
+def workspace_bytes(T: int, N: int, H: int, packed: bool, split: Literal[1, 2], sms: int) -> int:
+    """Bytes of global memory by which a head goes on in another block; 0 if none does, because all find a place and
+    none is long enough for segments, or because there are too many packed sequences. T: tokens of a sequence at most."""
+    if (packed and N > LISTED) or (N * H <= sms // split and 4 * (-(-T // 32) + ITEM_COST) < 5 * MIN_PART):
         return 0
-    return FLAGS_BYTES + sms // split * split * (128 * 128 * 4 // split)
+    slices = sms // split * 2
+    return flags_bytes(slices) + 2 * slices * STATE_BYTES
 
 
 def all_configs() -> list[KdaFwdConfig]:

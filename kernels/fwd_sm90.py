@@ -44,14 +44,16 @@ from .config import (
     BETA_SIGMOID,
     CU_INT64,
     FINAL_BF16,
-    FLAGS_BYTES,
     INITIAL_BF16,
     ITEM_COST,
     L2NORM,
     LISTED,
     NEG_EIGVAL,
+    STATE_BYTES,
     STATE_V_FIRST,
     KdaFwdConfig,
+    flags_bytes,
+    part,
 )
 
 LOG2_E = 1.4426950408889634
@@ -80,11 +82,17 @@ ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
 PIECES = 8  # so many: more than there are stages, for sequences of a chunk or less
 AT_STARTS, AT_TOKENS, AT_WARPS = 4 * LISTED, 8 * LISTED, 12 * LISTED
 AT_END = AT_WARPS + 8 * LISTED // 32
-AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST = (AT_END + 4 * i for i in range(1, 5))
-AT_PIECES = AT_END + 32
+AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM = (AT_END + 4 * i for i in range(1, 7))
+AT_VERDICT = AT_END + 32  # of each state warpgroup
+AT_PIECES = AT_END + 48
 PLAN = AT_PIECES + 32 * PIECES
-FINAL, HANDED_ON, TAKEN_OVER = 1, 2, 4  # what becomes of a piece's state, and whether it comes from another block
-HANDED = 0x6B64615F68616E64  # the flag in the workspace that says so; what lies there before hardly looks like it
+# What becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do for it.
+FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, SECOND, KEPT, COMPARED = (1 << i for i in range(9))
+# Words in the workspace; what lies there before hardly looks like them.
+FIRST_IS_IT, SECOND_IS_IT = 0x6B64615F68616E64, 0x6B64615F68616E65
+GOOD, BAD, EXACT = (0x6B64615F68616E70 + i for i in range(3))
+SPAN = 1 << 16  # first worker and SPAN times the last one
+FORGOTTEN = 2.0**-48  # what a state is multiplied by at most, channel by channel, if a segment is to begin without it
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
@@ -161,11 +169,14 @@ class KdaFwdSm90:
             return cute.make_tiled_mma(op)
 
         items = N * cute.size(mO.shape[2])
-        grid = cutlass.min(items, max_blocks // self.blocks) * self.blocks
+        workers = max_blocks // self.blocks
+        grid = workers * self.blocks
+        if workspace == 0:
+            grid = cutlass.min(items, workers) * self.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, scale, lower_bound,
-            flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, 2 * workers, scale,
+            lower_bound, flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,
@@ -183,7 +194,7 @@ class KdaFwdSm90:
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mO: cute.Tensor,
         beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, cu_seqlens: Int64,
-        workspace: Int64, items: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
+        workspace: Int64, items: Int32, slices: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         S = self.stages
@@ -199,12 +210,13 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 1)
+        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 2)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
         listed, taken = a_empty + SYSTEMS, a_empty + SYSTEMS + PIECES
         left = taken + PIECES  # the other block has left what it was sent
+        settled = left + 1  # what became of a segment
 
         if warp == 0:
             with cute.arch.elect_one():
@@ -216,6 +228,7 @@ class KdaFwdSm90:
                     readers = 128 * self.state_wgs + (4 if self.blocks == 2 and s < self.own_stages else 0)
                     cute.arch.mbarrier_init(empty + s, readers)
                 cute.arch.mbarrier_init(left, 4)
+                cute.arch.mbarrier_init(settled, self.state_wgs)
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
@@ -241,7 +254,8 @@ class KdaFwdSm90:
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    work, items, H, T, cu_seqlens, workspace, flags,
+                    work, settled, items, H, T, cu_seqlens, workspace, slices,
+                    flags,
                 )  # fmt: skip
             elif warp == 1:
                 self.invert(
@@ -268,7 +282,8 @@ class KdaFwdSm90:
             cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
                 (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
-                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, flags, work,
+                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, slices,
+                flags, work, settled,
             )  # fmt: skip
         if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
@@ -287,14 +302,17 @@ class KdaFwdSm90:
         An item that lies across a border is cut there, if there is a workspace to hand its state on by; all workers
         then take equally long (McNaughton's wrap-around rule). They walk their parts from the end to the beginning. So
         the first piece of an item is what its worker begins with, the second what the next worker ends with, which
-        hardly waits, and for none but a block with a lower index. No part is shorter than an item.
+        hardly waits, and for none but a block with a lower index.
+
+        Are parts shorter than an item, then the pieces of it that do not begin it are segments, at most one for each
+        worker and its last: it is listed three times, to warm up, to run, and to run again or not.
 
         Without a workspace, places on the line are items, which are dealt out in turn.
         """
         n, lane, warp = cute.arch.thread_idx()[0], cute.arch.lane_idx(), cute.arch.warp_idx()
         worker, workers = self.worker()
         end, begin = cute.ceil_div(items - worker, workers), Int32(0)
-        count = end
+        count, length, warm, first_chunk = end, Int32(0), Int32(0), Int32(0)
         if workspace != 0:
             unit = cute.ceil_div(T, C) + ITEM_COST
             total = items * unit
@@ -323,7 +341,7 @@ class KdaFwdSm90:
                     total += ptx.lds_i32(sPlan + AT_WARPS + i * 8)
                     unit = cutlass.max(unit, ptx.lds_i32(sPlan + AT_WARPS + i * 8 + 4))
                 upto += before
-                end, begin = self.part(total, unit)
+                end, begin, length, warm = self.part(total, unit)
                 if n < items // H:
                     ptx.sts_i32(sPlan + n * 4, upto - mine)
                     ptx.sts_i32(sPlan + AT_STARTS + n * 4, start)
@@ -337,19 +355,31 @@ class KdaFwdSm90:
                     first, last = ptx.lds_i32(sPlan + AT_FIRST), ptx.lds_i32(sPlan + AT_LAST)
                     count = (last - first) * H + 1
                     count += self.head_at(end - 1, last, sPlan) - self.head_at(begin, first, sPlan)
+                    unit = cute.ceil_div(ptx.lds_i32(sPlan + AT_TOKENS + first * 4), C) + ITEM_COST
+                    first_chunk = ptx.lds_i32(sPlan + first * 4) + ITEM_COST
+                    first_chunk += self.head_at(begin, first, sPlan) * unit
             else:
-                end, begin = self.part(total, unit)
+                end, begin, length, warm = self.part(total, unit)
                 count = cutlass.max((end - 1) // unit - begin // unit + 1, 0)
+                first_chunk = begin // unit * unit + ITEM_COST
         if n == 0:
             ptx.sts_i32(sPlan + AT_END, end)
             ptx.sts_i32(sPlan + AT_BEGIN, begin)
+            ptx.sts_i32(sPlan + AT_LENGTH, length)
+            ptx.sts_i32(sPlan + AT_WARM, warm)
+            if (warm > 0) & (begin > first_chunk) & (begin < end):
+                count += 2
             ptx.sts_i32(sPlan + AT_COUNT, count)
 
     def part(self, total: Int32, longest: Int32):
-        """(end, begin) of a worker's part of the line: never shorter than an item."""
+        """A worker's part of the line: (end, begin, length, chunks by which segments begin early)."""
         worker, workers = self.worker()
-        length = cutlass.max(cute.ceil_div(total, workers), longest)
-        return cutlass.min((worker + 1) * length, total), worker * length
+
+        def choose(condition, a, b):
+            return b + (a - b) * Int32(condition)
+
+        length, warm = part(total, longest, workers, cutlass.max, choose)
+        return cutlass.min((worker + 1) * length, total), worker * length, length, warm
 
     def head_at(self, at: Int32, seq: Int32, sPlan: Int32):
         """Whose head of a listed sequence is at a place of the line."""
@@ -372,22 +402,22 @@ class KdaFwdSm90:
     @cute.jit
     def find_piece(
         self, at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
-        flags: Int32,
+        flags: Int32, time: Int32,
     ):  # fmt: skip
-        """The piece that ends at place `at` of the line: (where it begins; first token, tokens, head, batch, number of
-        the state and what becomes of it)."""
+        """The piece that ends at place `at` of the line: (where the next one ends; first token, tokens, head, batch,
+        number of the state, what becomes of it, workers that have the item's pieces). Of a segment that is at the time
+        0 its warm-up, then itself, then itself again."""
         worker, workers = self.worker()
         at -= 1
-        next_at, skipped, upto, fate = at, Int32(0), Int32(1 << 25), Int32(FINAL)
+        next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(FINAL), Int32(0)
         item = at * workers + worker
         seq = item // H
         h = item - seq * H
         start, tokens, b = Int32(0), T, seq
+        base, unit = Int32(0), cute.ceil_div(T, C) + ITEM_COST
         if workspace == 0:
             start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
         else:
-            unit = cute.ceil_div(T, C) + ITEM_COST
-            base = Int32(0)
             if cu_seqlens == 0:
                 item = at // unit
                 seq = item // H
@@ -410,10 +440,26 @@ class KdaFwdSm90:
                 fate = Int32(0)
                 if upto > 0:
                     fate = Int32(HANDED_ON)
+                    if ptx.lds_i32(sPlan + AT_WARM) > 0:
+                        fate = Int32(HANDED_ON | COMPARED)
+        tokens = cutlass.min(tokens, upto * C)
         if skipped > 0:
-            fate += TAKEN_OVER
-        tokens = cutlass.min(tokens, upto * C) - skipped * C
-        return next_at, start + skipped * C, tokens, h, b, seq * H + h, fate
+            warm = cutlass.min(ptx.lds_i32(sPlan + AT_WARM), skipped)
+            if warm == 0:
+                fate += TAKEN_OVER
+            else:
+                length = ptx.lds_i32(sPlan + AT_LENGTH)
+                span = (base + ITEM_COST) // length + (base + unit - 1) // length * SPAN
+                next_at = at + 1
+                if time == 0:
+                    fate = Int32(WARM_UP)
+                    tokens = skipped * C
+                    skipped -= warm
+                elif time == 1:
+                    fate = (fate & ~FINAL) | SEGMENT
+                else:
+                    fate |= AGAIN
+        return next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span
 
     def count(self, work) -> Int32:
         """Of a worker's pieces."""
@@ -422,13 +468,13 @@ class KdaFwdSm90:
     @cute.jit
     def piece(self, nth: Int32, work):
         """A piece as `load` lists it: (first token, tokens, head, batch, number of the state, what becomes of it,
-        number of the next initial state or -1)."""
+        number of the next initial state or -1, workers that have pieces of the item)."""
         sPlan, listed, taken = work
         at = sPlan + AT_PIECES + nth % PIECES * 32
         cute.arch.mbarrier_wait(listed + nth % PIECES, nth // PIECES & 1)
         numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
         cute.arch.mbarrier_arrive(taken + nth % PIECES)
-        return tuple(ptx.uniform(x) for x in numbers[:7])
+        return tuple(ptx.uniform(x) for x in numbers)
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
@@ -481,7 +527,8 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        work, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32,
+        work, settled, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, slices: Int32,
+        flags: Int32,
     ):  # fmt: skip
         """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
         the tensor arrive as zeros."""
@@ -496,22 +543,29 @@ class KdaFwdSm90:
         stage, phase, n = Int32(0), Int32(1), Int32(0)
         sPlan, listed, taken = work
         count, at = self.count(work), ptx.lds_i32(sPlan + AT_END)
-        start, tokens, h, b, nh, fate = (Int32(0) for _ in range(6))
+        start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
+        time = Int32(0)  # of a segment
         for nth in cutlass.range(count + 1, unroll=1):
             # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
-            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0)
+            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0), Int32(0)
             if nth < count:
-                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags)
+                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, time)
+                if found[7] != 0:
+                    time += 1
             if nth > 0:
                 next_nh = found[5]
-                if (found[6] & TAKEN_OVER) != 0:
+                if (found[6] & ~(FINAL | HANDED_ON | COMPARED)) != 0:
                     next_nh = Int32(-1)
+                if (fate & AGAIN) != 0:
+                    fate = self.judge(workspace, slices, sPlan, settled, span, fate)
+                    if (fate & KEPT) != 0:
+                        tokens = Int32(0)
                 slot = (nth - 1) % PIECES
                 cute.arch.mbarrier_wait(taken + slot, (nth - 1) // PIECES & 1 ^ 1)
                 with cute.arch.elect_one():
                     to = sPlan + AT_PIECES + slot * 32
                     ptx.sts_i32x4(to, (start, tokens, h, b))
-                    ptx.sts_i32x4(to + 16, (nh, fate, next_nh, next_nh))
+                    ptx.sts_i32x4(to + 16, (nh, fate, next_nh, span))
                     cute.arch.mbarrier_arrive(listed + slot)
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
             sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
@@ -535,7 +589,9 @@ class KdaFwdSm90:
                     stage = Int32(0)
                     phase ^= 1
             n += chunks
-            at, start, tokens, h, b, nh, fate = found
+            at, start, tokens, h, b, nh, fate, span = found
+        if time > 0:
+            self.clear_words(workspace, slices)
 
     # ------------------------------------------------------------------ between the blocks of a cluster
 
@@ -1148,10 +1204,18 @@ class KdaFwdSm90:
     def state(
         self, wg: Int32, ring, out, sTables: Int32, raw_full, gated, ready, solved, empty, left,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
-        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64,
-        flags: Int32, work,
+        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64, slices: Int32, flags: Int32,
+        work, settled,
     ):  # fmt: skip
-        """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens."""
+        """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
+
+        A segment does not wait for the state before it. It warms up on the chunks before its own, from a zero state,
+        and goes on with what comes out if these chunks' decays say that the true state is forgotten by then. At its end
+        it looks whether the state that the segment before has come to is the same, bit by bit, and tells those after
+        it. If not, or if it is not so for a segment before it, it runs again from the state handed on: what comes out
+        are the bits of one segment after the other, for any input. If the decays say that nothing is forgotten it waits
+        for the true state before it runs.
+        """
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
         col = lane % 4 * 2
@@ -1181,17 +1245,34 @@ class KdaFwdSm90:
         # ldmatrix / stmatrix with a transposition: lane l serves token l % 8 + 8 (l // 16), 16-byte column of v
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
-        n, buf = Int32(0), Int32(0)
+        n, buf, forget = Int32(0), Int32(0), Float32(1.0)
 
         vs = self.rank() + wg  # of 64 value rows
         for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b, nh, fate, next_nh = self.piece(nth, work)
+            start, tokens, h, b, nh, fate, next_nh, span = self.piece(nth, work)
             chunks = cute.ceil_div(tokens, C)
-            if (fate & TAKEN_OVER) != 0:
-                self.take_state(acc_s, workspace, wg, thread)
-            else:
-                self.load_state(acc_s, initial_state, nh, vs, flags)
+            place = workspace, slices, wg, thread
+            guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN | SECOND)
+            if (fate & SEGMENT) != 0:
+                guessed = ptx.all_of(forget < FORGOTTEN, STATE_BAR + wg)
+                source = Int32(TAKEN_OVER)
+                if guessed:
+                    source = Int32(0)
+                    self.put_state(acc_s, place, Int32(SECOND))  # to compare
+            if source != 0:
+                if warp == 0:
+                    cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
+                self.take_state(acc_s, place, fate, source)
+            elif (fate & (SEGMENT | KEPT)) == 0:
+                whence = initial_state
+                if (fate & WARM_UP) != 0:
+                    whence = Int64(0)
+                self.load_state(acc_s, whence, nh, vs, flags)
             self.prefetch_state(initial_state, next_nh, vs, flags)
+            forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
+            written = tokens  # of o
+            if (fate & WARM_UP) != 0:
+                written = Int32(0)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 stage, phase, is_own = self.stage_of(n)
@@ -1207,6 +1288,7 @@ class KdaFwdSm90:
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
+                forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
@@ -1259,18 +1341,20 @@ class KdaFwdSm90:
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has left the other buffer
                 cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-                if tokens - c * C >= C:
+                if written - c * C >= C:
                     if warp == 0:
                         cute.copy(o_tma, sO_[None, wg * 2 + buf], gO_[None, c, vs])
                         cute.arch.cp_async_bulk_commit_group()
                 else:
-                    self.store_tail(o_row + buf * BOX, mO, start + c * C, tokens - c * C, h, b, vs, thread)
+                    self.store_tail(o_row + buf * BOX, mO, start + c * C, written - c * C, h, b, vs, thread)
                 buf ^= 1
                 n += 1
+            if ((fate & HANDED_ON) != 0) & ((fate & KEPT) == 0):
+                self.hand_on_state(acc_s, place, fate, guessed)
+            if (fate & SEGMENT) != 0:
+                self.compare(place, guessed, work[0], settled)
             if (fate & FINAL) != 0:
                 self.store_state(acc_s, final_state, nh, vs, flags)
-            elif (fate & HANDED_ON) != 0:
-                self.hand_on_state(acc_s, workspace, wg, thread)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
@@ -1310,34 +1394,153 @@ class KdaFwdSm90:
             exists = (address != 0) & (nh >= 0) & (offset < size)
             ptx.prefetch_l2(address + Int64(2 * nh + vs) * size + Int64(offset), exists)
 
-    @cute.jit
-    def hand_on_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
-        """To the next worker, through this one's place in the workspace."""
-        flag, at = self.handed(workspace, cute.arch.block_idx()[0], wg, thread)
-        for i in cutlass.range_constexpr(16):
-            ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
-        cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-        if thread == 0:
-            ptx.stg_release(flag, Int64(HANDED))
+    # ------------------------------------------------------------------ between workers
+    #
+    # A worker hands on two states for each slice, of 64 value rows: the first when it has run, the second if it has run
+    # again. Of each there is a word in the workspace: that the first is there to be compared, and which is the right
+    # one. And each block has a word for each other one, what became of its segment. A word is written by one block,
+    # read and then cleared by one other, so that whoever has this memory next finds none. A block waits for none but
+    # its cluster and those with a lower index, which need not wait for it to be scheduled.
+
+    def words(self, place, slice: Int32, which):
+        """Of a slice: addresses of the two words and of a lane's part of the first (0) or second (SECOND) state."""
+        workspace, slices, _, thread = place
+        states = workspace + Int64(flags_bytes(slices))
+        nth = slice + which // SECOND * slices
+        compared = workspace + Int64(slice) * 8
+        return compared, compared + Int64(slices) * 8, states + (Int64(nth) * STATE_BYTES + Int64(thread * 16))
+
+    def slice(self, wg) -> Int32:
+        return self.worker()[0] * 2 + self.rank() + wg
 
     @cute.jit
-    def take_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
-        """From the worker before, once it is there. The flag is cleared: whoever has this memory next, finds none."""
-        flag, at = self.handed(workspace, cute.arch.block_idx()[0] - self.blocks, wg, thread)
-        while ptx.ldg_acquire(flag) != HANDED:
-            pass
-        cute.arch.sync_warp()
+    def put_state(self, acc: cute.Tensor, place, which: Int32):
+        at = self.words(place, self.slice(place[2]), which)[2]
+        for i in cutlass.range_constexpr(16):
+            ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
+
+    @cute.jit
+    def hand_on_state(self, acc: cute.Tensor, place, fate: Int32, guessed: Boolean):
+        """To the next worker."""
+        _, _, wg, thread = place
+        again = (fate & AGAIN) != 0
+        which, right = Int32(0), Int64(FIRST_IS_IT)
+        if again:
+            which, right = Int32(SECOND), Int64(SECOND_IS_IT)
+        self.put_state(acc, place, which)
         cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+        compared, taken, _ = self.words(place, self.slice(wg), Int32(0))
+        if (thread == 0) & ((fate & (COMPARED | AGAIN)) == COMPARED):
+            ptx.stg_release(compared, Int64(FIRST_IS_IT))
+        if (thread == 0) & (Int32(guessed) == 0):
+            ptx.stg_release(taken, right)
+
+    @cute.jit
+    def take_state(self, acc: cute.Tensor, place, fate: Int32, source: Int32):
+        """From the worker before, once it is there."""
+        _, _, wg, thread = place
+        before = self.slice(wg) - 2
+        if (source & TAKEN_OVER) != 0:
+            _, word, _ = self.words(place, before, Int32(0))
+            while (ptx.ldg_acquire(word) | 1) != SECOND_IS_IT:
+                pass
+            cute.arch.sync_warp()
+            source = ptx.uniform(Int32(ptx.ldg_acquire(word) - FIRST_IS_IT)) * SECOND
+            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+            if (thread == 0) & ((fate & TAKEN_OVER) != 0):  # else `load` clears it
+                ptx.stg_release(word, Int64(0))
+        _, _, at = self.words(place, before, source & SECOND)
         for i in cutlass.range_constexpr(16):
             for j, x in enumerate(ptx.ldg_f32x4(at + i * 2048)):
                 acc[4 * i + j] = x
-        if thread == 0:
-            ptx.stg_release(flag, Int64(0))
 
-    def handed(self, workspace: Int64, block: Int32, wg: Int32, thread: Int32):
-        """Addresses of a state warpgroup's place in the workspace: (flag, a lane's part of the state)."""
-        slot = block * self.state_wgs + wg
-        return workspace + Int64(slot) * 8, workspace + (FLAGS_BYTES + Int64(slot) * (D * D * 2) + Int64(thread * 16))
+    @cute.jit
+    def compare(self, place, guessed: Boolean, sPlan: Int32, settled):
+        """What became of a segment: GOOD if it began with the state that the one before came to, bit by bit."""
+        _, _, wg, thread = place
+        verdict = Int32(EXACT - GOOD)
+        if guessed:
+            word, _, theirs = self.words(place, self.slice(wg) - 2, Int32(0))
+            _, _, mine = self.words(place, self.slice(wg), Int32(SECOND))
+            while ptx.ldg_acquire(word) != FIRST_IS_IT:
+                pass
+            cute.arch.sync_warp()
+            differ = Uint32(0)
+            for half in cutlass.range(2, unroll=1):  # all at once need more registers than there are
+                for i in cutlass.range_constexpr(8):
+                    differ = differ | ptx.difference(mine + i * 2048, theirs + i * 2048)
+                mine += 8 * 2048
+                theirs += 8 * 2048
+            verdict = Int32(BAD - GOOD)
+            if ptx.all_of(differ == 0, STATE_BAR + wg):
+                verdict = Int32(0)
+        if thread == 0:
+            ptx.sts_i32(sPlan + AT_VERDICT + wg * 4, verdict)
+            cute.arch.mbarrier_arrive(settled)
+
+    @cute.jit
+    def judge(self, workspace: Int64, slices: Int32, sPlan: Int32, settled, span: Int32, fate: Int32) -> Int32:
+        """`load` tells the blocks behind what became of this one's segment, and finds out about those before: what
+        there is to do for the third piece of a segment. KEPT, nothing but to store the state, or AGAIN."""
+        lane, own, worker = cute.arch.lane_idx(), cute.arch.block_idx()[0], self.worker()[0]
+        cute.arch.mbarrier_wait(settled, 0)
+        verdict = ptx.lds_i32(sPlan + AT_VERDICT)
+        for wg in cutlass.range_constexpr(1, self.state_wgs):
+            verdict = cutlass.max(verdict, ptx.lds_i32(sPlan + AT_VERDICT + wg * 4))  # both are EXACT or none is
+        end = self.blocks * (worker + 1)
+        for other in cutlass.range(end - self.blocks + lane, self.blocks * (span // SPAN + 1), 32, unroll=1):
+            if other != own:
+                ptx.stg_release(self.verdict_at(workspace, slices, other, own), Int64(verdict) + GOOD)
+        cute.arch.sync_warp()
+        good = verdict == 0
+        right = Boolean(True)
+        for nth in cutlass.range(self.blocks * (span % SPAN + 1), end, 32, unroll=1):
+            word = Int64(GOOD)
+            other = nth + lane
+            if (other < end) & (other != own):
+                at = self.verdict_at(workspace, slices, own, other)
+                word = ptx.ldg_acquire(at)
+                while (word != GOOD) & (word != BAD) & (word != EXACT):
+                    word = ptx.ldg_acquire(at)
+                ptx.stg_release(at, Int64(0))
+            cute.arch.sync_warp()
+            bad, exact = cute.arch.vote_ballot_sync(word == BAD), cute.arch.vote_ballot_sync(word == EXACT)
+            if (bad | exact) != 0:
+                right = Uint32(exact) > Uint32(bad)  # of these the last one is exact
+        todo = KEPT | (fate & FINAL)
+        if good & right:
+            if (lane < self.state_wgs) & ((fate & HANDED_ON) != 0):
+                _, word, _ = self.words((workspace, slices, 0, lane), self.slice(lane), Int32(0))
+                ptx.stg_release(word, Int64(FIRST_IS_IT))
+        elif verdict != EXACT - GOOD:
+            todo = fate
+            for wg in cutlass.range_constexpr(self.state_wgs):
+                todo |= Int32(self.word_before(workspace, slices, wg, False) - FIRST_IS_IT) * SECOND
+        cute.arch.sync_warp()
+        return todo
+
+    def verdict_at(self, workspace: Int64, slices: Int32, reader: Int32, writer: Int32) -> Int64:
+        return workspace + Int64((2 + reader) * slices + writer) * 8
+
+    @cute.jit
+    def word_before(self, workspace: Int64, slices: Int32, wg, clear: cutlass.Constexpr[bool]) -> Int64:
+        """Which state of the worker before is the right one, once that is known. Or both words are cleared."""
+        compared, taken, _ = self.words((workspace, slices, 0, 0), self.slice(wg) - 2, Int32(0))
+        word = ptx.ldg_acquire(taken)
+        while (word | 1) != SECOND_IS_IT:
+            word = ptx.ldg_acquire(taken)
+        if const_expr(clear):
+            while ptx.ldg_acquire(compared) != FIRST_IS_IT:
+                pass
+            ptx.stg_release(taken, Int64(0))
+            ptx.stg_release(compared, Int64(0))
+        cute.arch.sync_warp()
+        return word
+
+    @cute.jit
+    def clear_words(self, workspace: Int64, slices: Int32):
+        for wg in cutlass.range_constexpr(self.state_wgs):
+            self.word_before(workspace, slices, wg, True)
 
     def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
         """Each column of accumulators, a token or a channel, times its number in the table at `at`."""

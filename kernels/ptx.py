@@ -209,6 +209,28 @@ def stg_f32x4(at: Int64, x: F4, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def difference(a: Int64, b: Int64, *, loc=None, ip=None) -> Uint32:
+    """0 if the 16 bytes at a and at b, read from L2, are the same."""
+    return _asm(
+        "{ .reg .b32 a<4>, b<4>; ld.global.cg.v4.b32 {a0, a1, a2, a3}, [$1]; ld.global.cg.v4.b32 {b0, b1, b2, b3}, "
+        "[$2]; xor.b32 a0, a0, b0; xor.b32 a1, a1, b1; xor.b32 a2, a2, b2; xor.b32 a3, a3, b3; or.b32 a0, a0, a1; "
+        "or.b32 a2, a2, a3; or.b32 $0, a0, a2; }",
+        [Uint32], [a, b], "=r,l,l,~{memory}", True, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def all_of(condition: Boolean, barrier: Int32, *, loc=None, ip=None) -> Boolean:
+    """Whether it holds for all 128 threads that meet at a named barrier."""
+    x = _asm(
+        "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; barrier.cta.red.and.pred q, $2, 128, p; selp.b32 $0, 1, 0, q; "
+        "redux.sync.max.s32 $0, $0, 0xffffffff; }",
+        [Int32], [Int32(condition), barrier], "=r,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
+    return x != 0
+
+
+@dsl_user_op
 def ldg_acquire(at: Int64, *, loc=None, ip=None) -> Int64:
     return _asm("ld.acquire.gpu.global.b64 $0, [$1];", [Int64], [at], "=l,l,~{memory}", True, loc, ip)
 
