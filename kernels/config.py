@@ -83,9 +83,9 @@ def part(total, longest, workers, most=max, choose=lambda condition, a, b: a if 
     return choose(segments, short, most(even, longest)), choose(segments, warm, 0)
 
 
-def flags_bytes(slices):
-    """Of a workspace: 8 for each of two states a slice, and for what each slice has to say to each other one."""
-    return ((slices + 2) * slices * 8 + 127) // 128 * 128
+def words_bytes(workers, blocks):
+    """Of a workspace: a word of 8 bytes for each slice of a state, three from each block to each other one."""
+    return ((2 * workers + 3 * (workers * blocks) * (workers * blocks)) * 8 + 127) // 128 * 128
 
 
 def workspace_bytes(T: int, N: int, H: int, packed: bool, split: Literal[1, 2], sms: int) -> int:
@@ -93,8 +93,8 @@ def workspace_bytes(T: int, N: int, H: int, packed: bool, split: Literal[1, 2], 
     none is long enough for segments, or because there are too many packed sequences. T: tokens of a sequence at most."""
     if (packed and N > LISTED) or (N * H <= sms // split and 4 * (-(-T // 32) + ITEM_COST) < 5 * MIN_PART):
         return 0
-    slices = sms // split * 2
-    return flags_bytes(slices) + 2 * slices * STATE_BYTES
+    workers = sms // split
+    return words_bytes(workers, split) + 2 * workers * STATE_BYTES
 
 
 def all_configs() -> list[KdaFwdConfig]:

@@ -52,8 +52,8 @@ from .config import (
     STATE_BYTES,
     STATE_V_FIRST,
     KdaFwdConfig,
-    flags_bytes,
     part,
+    words_bytes,
 )
 
 LOG2_E = 1.4426950408889634
@@ -82,15 +82,16 @@ ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
 PIECES = 8  # so many: more than there are stages, for sequences of a chunk or less
 AT_STARTS, AT_TOKENS, AT_WARPS = 4 * LISTED, 8 * LISTED, 12 * LISTED
 AT_END = AT_WARPS + 8 * LISTED // 32
-AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM = (AT_END + 4 * i for i in range(1, 7))
-AT_VERDICT = AT_END + 32  # of each state warpgroup
-AT_PIECES = AT_END + 48
+AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM, AT_SEGMENT, AT_GUESSED = (
+    AT_END + 4 * i for i in range(1, 9)
+)
+AT_HASHES = AT_END + 48  # of the states that a piece ends and a segment begins with, of each of 8 warps
+AT_PIECES = AT_HASHES + 2 * 8 * 8
 PLAN = AT_PIECES + 32 * PIECES
 # What becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do for it.
-FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, SECOND, KEPT, COMPARED = (1 << i for i in range(9))
+FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED = (1 << i for i in range(8))
 # Words in the workspace; what lies there before hardly looks like them.
-FIRST_IS_IT, SECOND_IS_IT = 0x6B64615F68616E64, 0x6B64615F68616E65
-GOOD, BAD, EXACT = (0x6B64615F68616E70 + i for i in range(3))
+HANDED, NOT_NEEDED, GUESSED, EXACT = (0x6B64615F68616E64 + i for i in range(4))
 SPAN = 1 << 16  # first worker and SPAN times the last one
 FORGOTTEN = 2.0**-48  # what a state is multiplied by at most, channel by channel, if a segment is to begin without it
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
@@ -175,7 +176,7 @@ class KdaFwdSm90:
             grid = cutlass.min(items, workers) * self.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, 2 * workers, scale,
+            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, workers, scale,
             lower_bound, flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
@@ -194,7 +195,7 @@ class KdaFwdSm90:
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mO: cute.Tensor,
         beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, cu_seqlens: Int64,
-        workspace: Int64, items: Int32, slices: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
+        workspace: Int64, items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         S = self.stages
@@ -210,13 +211,13 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 2)
+        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
         listed, taken = a_empty + SYSTEMS, a_empty + SYSTEMS + PIECES
         left = taken + PIECES  # the other block has left what it was sent
-        settled = left + 1  # what became of a segment
+        settled = left + 1, left + 2  # a segment is done; a state has been handed on
 
         if warp == 0:
             with cute.arch.elect_one():
@@ -228,7 +229,8 @@ class KdaFwdSm90:
                     readers = 128 * self.state_wgs + (4 if self.blocks == 2 and s < self.own_stages else 0)
                     cute.arch.mbarrier_init(empty + s, readers)
                 cute.arch.mbarrier_init(left, 4)
-                cute.arch.mbarrier_init(settled, self.state_wgs)
+                cute.arch.mbarrier_init(settled[0], 4 * self.state_wgs)
+                cute.arch.mbarrier_init(settled[1], 128 * self.state_wgs)
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
@@ -254,7 +256,7 @@ class KdaFwdSm90:
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    work, settled, items, H, T, cu_seqlens, workspace, slices,
+                    work, settled, items, H, T, cu_seqlens, workspace, most_workers,
                     flags,
                 )  # fmt: skip
             elif warp == 1:
@@ -282,7 +284,7 @@ class KdaFwdSm90:
             cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
                 (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
-                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, slices,
+                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, most_workers,
                 flags, work, settled,
             )  # fmt: skip
         if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
@@ -367,8 +369,9 @@ class KdaFwdSm90:
             ptx.sts_i32(sPlan + AT_BEGIN, begin)
             ptx.sts_i32(sPlan + AT_LENGTH, length)
             ptx.sts_i32(sPlan + AT_WARM, warm)
-            if (warm > 0) & (begin > first_chunk) & (begin < end):
-                count += 2
+            segment = Int32((warm > 0) & (begin > first_chunk) & (begin < end))
+            ptx.sts_i32(sPlan + AT_SEGMENT, segment)
+            count += 2 * segment
             ptx.sts_i32(sPlan + AT_COUNT, count)
 
     def part(self, total: Int32, longest: Int32):
@@ -402,11 +405,11 @@ class KdaFwdSm90:
     @cute.jit
     def find_piece(
         self, at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
-        flags: Int32, time: Int32,
+        flags: Int32, warmed_up: Int32,
     ):  # fmt: skip
         """The piece that ends at place `at` of the line: (where the next one ends; first token, tokens, head, batch,
-        number of the state, what becomes of it, workers that have the item's pieces). Of a segment that is at the time
-        0 its warm-up, then itself, then itself again."""
+        number of the state, what becomes of it, workers that have the item's pieces). Of a segment that is its
+        warm-up first."""
         worker, workers = self.worker()
         at -= 1
         next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(FINAL), Int32(0)
@@ -442,24 +445,27 @@ class KdaFwdSm90:
                     fate = Int32(HANDED_ON)
                     if ptx.lds_i32(sPlan + AT_WARM) > 0:
                         fate = Int32(HANDED_ON | COMPARED)
+                        span = self.span(base, unit, sPlan)
         tokens = cutlass.min(tokens, upto * C)
         if skipped > 0:
             warm = cutlass.min(ptx.lds_i32(sPlan + AT_WARM), skipped)
             if warm == 0:
                 fate += TAKEN_OVER
             else:
-                length = ptx.lds_i32(sPlan + AT_LENGTH)
-                span = (base + ITEM_COST) // length + (base + unit - 1) // length * SPAN
+                span = self.span(base, unit, sPlan)
                 next_at = at + 1
-                if time == 0:
+                if warmed_up == 0:
                     fate = Int32(WARM_UP)
                     tokens = skipped * C
                     skipped -= warm
-                elif time == 1:
-                    fate = (fate & ~FINAL) | SEGMENT
                 else:
-                    fate |= AGAIN
+                    fate = (fate & ~FINAL) | SEGMENT
         return next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span
+
+    def span(self, base: Int32, unit: Int32, sPlan: Int32) -> Int32:
+        """The workers that have pieces of an item: the first and SPAN times the last."""
+        length = ptx.lds_i32(sPlan + AT_LENGTH)
+        return (base + ITEM_COST) // length + (base + unit - 1) // length * SPAN
 
     def count(self, work) -> Int32:
         """Of a worker's pieces."""
@@ -527,8 +533,8 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        work, settled, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, slices: Int32,
-        flags: Int32,
+        work, settled, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
+        most_workers: Int32, flags: Int32,
     ):  # fmt: skip
         """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
         the tensor arrive as zeros."""
@@ -539,59 +545,110 @@ class KdaFwdSm90:
         bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
-        S, vs = self.own_stages, self.rank()
+        tiles = (q_tma, mQ, bKQ), (k_tma, mK, bKQ), (v_tma, mV, bV), (g_tma, mG, bG)
         stage, phase, n = Int32(0), Int32(1), Int32(0)
-        sPlan, listed, taken = work
-        count, at = self.count(work), ptx.lds_i32(sPlan + AT_END)
+        sPlan = work[0]
+        segment = ptx.lds_i32(sPlan + AT_SEGMENT)
+        count, at = self.count(work) - segment, ptx.lds_i32(sPlan + AT_END)
         start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
-        time = Int32(0)  # of a segment
+        readers_end = Int32(0)  # of what there is to tell about the first piece of an item
         for nth in cutlass.range(count + 1, unroll=1):
             # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
             found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0), Int32(0)
             if nth < count:
-                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, time)
-                if found[7] != 0:
-                    time += 1
+                last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
+                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last)
             if nth > 0:
                 next_nh = found[5]
                 if (found[6] & ~(FINAL | HANDED_ON | COMPARED)) != 0:
                     next_nh = Int32(-1)
-                if (fate & AGAIN) != 0:
-                    fate = self.judge(workspace, slices, sPlan, settled, span, fate)
-                    if (fate & KEPT) != 0:
-                        tokens = Int32(0)
-                slot = (nth - 1) % PIECES
-                cute.arch.mbarrier_wait(taken + slot, (nth - 1) // PIECES & 1 ^ 1)
-                with cute.arch.elect_one():
-                    to = sPlan + AT_PIECES + slot * 32
-                    ptx.sts_i32x4(to, (start, tokens, h, b))
-                    ptx.sts_i32x4(to + 16, (nh, fate, next_nh, span))
-                    cute.arch.mbarrier_arrive(listed + slot)
-            sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
-            sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
-            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
-            chunks = cute.ceil_div(tokens, C)
-            for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                bar = raw_full + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
-                for i in cutlass.range_constexpr(self.g_boxes):
-                    cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
-                for i in cutlass.range_constexpr(2):
-                    cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
-                    cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
-                for i in cutlass.range_constexpr(self.v_boxes):
-                    cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
-                stage += 1
-                if stage == S:
-                    stage = Int32(0)
-                    phase ^= 1
-            n += chunks
+                if (fate & (COMPARED | SEGMENT)) == COMPARED:
+                    readers_end = span // SPAN + 1
+                self.list_piece(nth - 1, (start, tokens, h, b, nh, fate, next_nh, span), work)
+            stage, phase, n = self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
             at, start, tokens, h, b, nh, fate, span = found
-        if time > 0:
-            self.clear_words(workspace, slices)
+        self.finish(
+            count, segment, readers_end, tiles, raw_full, empty, stage, phase, n, work, settled, workspace, most_workers
+        )
+
+    @cute.jit
+    def list_piece(self, nth: Int32, numbers, work):
+        sPlan, listed, taken = work
+        slot = nth % PIECES
+        cute.arch.mbarrier_wait(taken + slot, nth // PIECES & 1 ^ 1)
+        with cute.arch.elect_one():
+            to = sPlan + AT_PIECES + slot * 32
+            ptx.sts_i32x4(to, numbers[:4])
+            ptx.sts_i32x4(to + 16, numbers[4:])
+            cute.arch.mbarrier_arrive(listed + slot)
+
+    @cute.jit
+    def load_piece(
+        self, tiles, raw_full, empty, start: Int32, tokens: Int32, h: Int32, b: Int32, stage: Int32, phase: Int32,
+        n: Int32,
+    ):  # fmt: skip
+        (q_tma, mQ, bKQ), (k_tma, mK, _), (v_tma, mV, bV), (g_tma, mG, bG) = tiles
+        vs = self.rank()
+        sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
+        sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
+        sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
+        sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
+        chunks = cute.ceil_div(tokens, C)
+        for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
+            cute.arch.mbarrier_wait(empty + stage, phase)
+            bar = raw_full + stage
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
+            for i in cutlass.range_constexpr(self.g_boxes):
+                cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
+            for i in cutlass.range_constexpr(2):
+                cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
+                cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
+            for i in cutlass.range_constexpr(self.v_boxes):
+                cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
+            stage += 1
+            if stage == self.own_stages:
+                stage = Int32(0)
+                phase ^= 1
+        return stage, phase, n + chunks
+
+    @cute.jit
+    def finish(
+        self, count: Int32, segment: Int32, readers_end: Int32, tiles, raw_full, empty, stage: Int32, phase: Int32,
+        n: Int32, work, settled, workspace: Int64, most_workers: Int32,
+    ):  # fmt: skip
+        """Behind the loop over pieces, where ptxas need not know what is uniform: what blocks tell one another, and
+        the last piece, a segment again."""
+        sPlan, lane = work[0], cute.arch.lane_idx()
+        mine, theirs = Int64(HANDED), Int64(NOT_NEEDED)
+        if readers_end > 0:
+            cute.arch.mbarrier_wait(settled[1], 0)
+            self.tell(workspace, most_workers, sPlan, Int64(EXACT), self.worker()[0] + 1, readers_end)
+        if segment > 0:
+            at = sPlan + AT_PIECES + (count - 1) % PIECES * 32
+            start, tokens, h, b = ptx.lds_i32x4(at)
+            nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
+            again, not_needed = self.judge(workspace, most_workers, sPlan, settled[0], span)
+            handed_on = (fate & HANDED_ON) != 0
+            fate = fate & (HANDED_ON | COMPARED)
+            if not handed_on:
+                fate = Int32(FINAL)
+            if again != 0:
+                fate |= AGAIN
+            else:
+                fate, tokens = KEPT | (fate & FINAL), Int32(0)
+            self.list_piece(count, (start, tokens, h, b, nh, fate, next_nh, span), work)
+            self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
+            if not_needed != 0:
+                # lanes for the state handed on, which is the right one now, and for that of the worker before
+                slice, end = self.slice(0) + lane, self.state_wgs
+                if lane >= self.state_wgs:
+                    slice, end = slice - self.state_wgs - 2, 2 * self.state_wgs
+                    mine, theirs = Int64(NOT_NEEDED), Int64(HANDED)
+                if handed_on:
+                    cute.arch.mbarrier_wait(settled[1], 0)
+                if (lane < end) & (handed_on | (lane >= self.state_wgs)):
+                    self.settle(workspace, slice, mine, theirs)
 
     # ------------------------------------------------------------------ between the blocks of a cluster
 
@@ -1204,8 +1261,8 @@ class KdaFwdSm90:
     def state(
         self, wg: Int32, ring, out, sTables: Int32, raw_full, gated, ready, solved, empty, left,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
-        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64, slices: Int32, flags: Int32,
-        work, settled,
+        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64, most_workers: Int32,
+        flags: Int32, work, settled,
     ):  # fmt: skip
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
 
@@ -1251,18 +1308,18 @@ class KdaFwdSm90:
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b, nh, fate, next_nh, span = self.piece(nth, work)
             chunks = cute.ceil_div(tokens, C)
-            place = workspace, slices, wg, thread
-            guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN | SECOND)
+            place = workspace, most_workers, wg, thread
+            guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN)
             if (fate & SEGMENT) != 0:
                 guessed = ptx.all_of(forget < FORGOTTEN, STATE_BAR + wg)
                 source = Int32(TAKEN_OVER)
                 if guessed:
                     source = Int32(0)
-                    self.put_state(acc_s, place, Int32(SECOND))  # to compare
+                    self.note(acc_s, work[0], 1, wg * 4 + warp, lane)
             if source != 0:
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
-                self.take_state(acc_s, place, fate, source)
+                self.take_state(acc_s, place)
             elif (fate & (SEGMENT | KEPT)) == 0:
                 whence = initial_state
                 if (fate & WARM_UP) != 0:
@@ -1288,7 +1345,6 @@ class KdaFwdSm90:
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
-                forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
@@ -1331,6 +1387,7 @@ class KdaFwdSm90:
                 o_at = o_row + buf * BOX + t_row + t_col
                 ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
                 ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
+                forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 warpgroup.wait_group(0)
                 cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
                 if const_expr(self.blocks == 2):
@@ -1349,10 +1406,15 @@ class KdaFwdSm90:
                     self.store_tail(o_row + buf * BOX, mO, start + c * C, written - c * C, h, b, vs, thread)
                 buf ^= 1
                 n += 1
-            if ((fate & HANDED_ON) != 0) & ((fate & KEPT) == 0):
-                self.hand_on_state(acc_s, place, fate, guessed)
+            if (fate & (COMPARED | AGAIN)) == COMPARED:
+                self.note(acc_s, work[0], 0, wg * 4 + warp, lane)
             if (fate & SEGMENT) != 0:
-                self.compare(place, guessed, work[0], settled)
+                if lane == 0:
+                    if (wg == 0) & (warp == 0):
+                        ptx.sts_i32(work[0] + AT_GUESSED, Int32(guessed))
+                    cute.arch.mbarrier_arrive(settled[0])
+            if (fate & HANDED_ON) != 0:
+                self.hand_on_state(acc_s, place, fate, guessed, settled[1])
             if (fate & FINAL) != 0:
                 self.store_state(acc_s, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -1396,151 +1458,130 @@ class KdaFwdSm90:
 
     # ------------------------------------------------------------------ between workers
     #
-    # A worker hands on two states for each slice, of 64 value rows: the first when it has run, the second if it has run
-    # again. Of each there is a word in the workspace: that the first is there to be compared, and which is the right
-    # one. And each block has a word for each other one, what became of its segment. A word is written by one block,
-    # read and then cleared by one other, so that whoever has this memory next finds none. A block waits for none but
-    # its cluster and those with a lower index, which need not wait for it to be scheduled.
-
-    def words(self, place, slice: Int32, which):
-        """Of a slice: addresses of the two words and of a lane's part of the first (0) or second (SECOND) state."""
-        workspace, slices, _, thread = place
-        states = workspace + Int64(flags_bytes(slices))
-        nth = slice + which // SECOND * slices
-        compared = workspace + Int64(slice) * 8
-        return compared, compared + Int64(slices) * 8, states + (Int64(nth) * STATE_BYTES + Int64(thread * 16))
+    # A worker has a place in the workspace for each slice, of 64 value rows, of the state that it hands on, and a word
+    # that says whether it is there; each block has three words for each other one, about its segment. A word is written
+    # by one block and cleared by the one other that reads it, so that whoever has this memory next finds none. A block
+    # waits for none but its cluster and those with a lower index, which need not wait for it to be scheduled.
 
     def slice(self, wg) -> Int32:
         return self.worker()[0] * 2 + self.rank() + wg
 
+    def place_of(self, slice: Int32, place):
+        """Addresses: (its word, a lane's part of its state)"""
+        workspace, most_workers, _, thread = place
+        states = workspace + Int64(words_bytes(most_workers, self.blocks))
+        return workspace + Int64(slice) * 8, states + (Int64(slice) * STATE_BYTES + Int64(thread * 16))
+
     @cute.jit
-    def put_state(self, acc: cute.Tensor, place, which: Int32):
-        at = self.words(place, self.slice(place[2]), which)[2]
+    def hand_on_state(self, acc: cute.Tensor, place, fate: Int32, guessed: Boolean, settled):
+        """To the next worker. After a guess `load` says so, once it is known to be the right state."""
+        workspace, _, wg, thread = place
+        word, at = self.place_of(self.slice(wg), place)
         for i in cutlass.range_constexpr(16):
             ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
+        if (fate & (COMPARED | AGAIN)) == COMPARED:
+            cute.arch.mbarrier_arrive(settled)
+        if not guessed:
+            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+            if thread == 0:
+                if (fate & COMPARED) == 0:
+                    ptx.stg_release(word, Int64(HANDED))
+                else:
+                    self.settle(workspace, self.slice(wg), Int64(HANDED), Int64(NOT_NEEDED))
 
     @cute.jit
-    def hand_on_state(self, acc: cute.Tensor, place, fate: Int32, guessed: Boolean):
-        """To the next worker."""
-        _, _, wg, thread = place
-        again = (fate & AGAIN) != 0
-        which, right = Int32(0), Int64(FIRST_IS_IT)
-        if again:
-            which, right = Int32(SECOND), Int64(SECOND_IS_IT)
-        self.put_state(acc, place, which)
-        cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-        compared, taken, _ = self.words(place, self.slice(wg), Int32(0))
-        if (thread == 0) & ((fate & (COMPARED | AGAIN)) == COMPARED):
-            ptx.stg_release(compared, Int64(FIRST_IS_IT))
-        if (thread == 0) & (Int32(guessed) == 0):
-            ptx.stg_release(taken, right)
-
-    @cute.jit
-    def take_state(self, acc: cute.Tensor, place, fate: Int32, source: Int32):
+    def take_state(self, acc: cute.Tensor, place):
         """From the worker before, once it is there."""
         _, _, wg, thread = place
-        before = self.slice(wg) - 2
-        if (source & TAKEN_OVER) != 0:
-            _, word, _ = self.words(place, before, Int32(0))
-            while (ptx.ldg_acquire(word) | 1) != SECOND_IS_IT:
-                pass
-            cute.arch.sync_warp()
-            source = ptx.uniform(Int32(ptx.ldg_acquire(word) - FIRST_IS_IT)) * SECOND
-            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-            if (thread == 0) & ((fate & TAKEN_OVER) != 0):  # else `load` clears it
-                ptx.stg_release(word, Int64(0))
-        _, _, at = self.words(place, before, source & SECOND)
+        word, at = self.place_of(self.slice(wg) - 2, place)
+        while ptx.ldg_acquire(word) != HANDED:
+            pass
+        cute.arch.sync_warp()
+        cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
         for i in cutlass.range_constexpr(16):
             for j, x in enumerate(ptx.ldg_f32x4(at + i * 2048)):
                 acc[4 * i + j] = x
-
-    @cute.jit
-    def compare(self, place, guessed: Boolean, sPlan: Int32, settled):
-        """What became of a segment: GOOD if it began with the state that the one before came to, bit by bit."""
-        _, _, wg, thread = place
-        verdict = Int32(EXACT - GOOD)
-        if guessed:
-            word, _, theirs = self.words(place, self.slice(wg) - 2, Int32(0))
-            _, _, mine = self.words(place, self.slice(wg), Int32(SECOND))
-            while ptx.ldg_acquire(word) != FIRST_IS_IT:
-                pass
-            cute.arch.sync_warp()
-            differ = Uint32(0)
-            for half in cutlass.range(2, unroll=1):  # all at once need more registers than there are
-                for i in cutlass.range_constexpr(8):
-                    differ = differ | ptx.difference(mine + i * 2048, theirs + i * 2048)
-                mine += 8 * 2048
-                theirs += 8 * 2048
-            verdict = Int32(BAD - GOOD)
-            if ptx.all_of(differ == 0, STATE_BAR + wg):
-                verdict = Int32(0)
         if thread == 0:
-            ptx.sts_i32(sPlan + AT_VERDICT + wg * 4, verdict)
-            cute.arch.mbarrier_arrive(settled)
+            ptx.stg_relaxed(word, Int64(0))
 
     @cute.jit
-    def judge(self, workspace: Int64, slices: Int32, sPlan: Int32, settled, span: Int32, fate: Int32) -> Int32:
-        """`load` tells the blocks behind what became of this one's segment, and finds out about those before: what
-        there is to do for the third piece of a segment. KEPT, nothing but to store the state, or AGAIN."""
+    def settle(self, workspace: Int64, slice: Int32, mine: Int64, theirs: Int64):
+        """Who has a state to hand on says HANDED, who might have taken it says NOT_NEEDED, and who comes second clears
+        the word."""
+        word = workspace + Int64(slice) * 8
+        if ptx.exchange(word, mine) == theirs:
+            ptx.stg_relaxed(word, Int64(0))
+
+    @cute.jit
+    def note(self, acc: cute.Tensor, sPlan: Int32, which: int, warp: Int32, lane: Int32):
+        """A hash of the state that a piece ends with (0) or a segment begins with (1), for `load`."""
+        hashed = ptx.hash_of([acc[i] for i in range(64)])
+        if lane == 0:
+            for i in cutlass.range_constexpr(2):
+                ptx.sts_i32(sPlan + AT_HASHES + (which * 8 + warp) * 8 + i * 4, hashed[i])
+
+    @cute.jit
+    def noted(self, sPlan: Int32, which: int) -> Int64:
+        lo, hi = Int32(0), Int32(0)
+        if cute.arch.lane_idx() < 4 * self.state_wgs:
+            at = sPlan + AT_HASHES + (which * 8 + cute.arch.lane_idx()) * 8
+            lo, hi = ptx.lds_i32(at), ptx.lds_i32(at + 4)
+        return ptx.pair(ptx.sum(lo), ptx.sum(hi))
+
+    def told(self, workspace: Int64, most_workers: Int32, reader: Int32, writer: Int32) -> Int64:
+        """Address of what a block tells another: the hash of the state that its piece ends with, of that which it began
+        with, and, with both in it, whether it was GUESSED or is EXACT."""
+        nth = reader * (most_workers * self.blocks) + writer
+        return workspace + (Int64(most_workers) * 2 + Int64(nth) * 3) * 8
+
+    @cute.jit
+    def tell(self, workspace: Int64, most_workers: Int32, sPlan: Int32, what: Int64, first: Int32, end: Int32):
+        """The blocks of workers first to end - 1, but not this one."""
+        own = cute.arch.block_idx()[0]
+        ends, begins = self.noted(sPlan, 0), self.noted(sPlan, 1)
+        for other in cutlass.range(self.blocks * first + cute.arch.lane_idx(), self.blocks * end, 32, unroll=1):
+            if other != own:
+                at = self.told(workspace, most_workers, other, own)
+                for i, x in enumerate((ends, begins, ends ^ begins ^ what)):
+                    ptx.stg_relaxed(at + 8 * i, x)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def judge(self, workspace: Int64, most_workers: Int32, sPlan: Int32, settled, span: Int32):
+        """Tells the blocks behind about this one's segment and finds out about those before: (whether it has to run
+        again, because it or one before began with another state than its predecessor came to; whether the state handed
+        on is not needed)."""
         lane, own, worker = cute.arch.lane_idx(), cute.arch.block_idx()[0], self.worker()[0]
         cute.arch.mbarrier_wait(settled, 0)
-        verdict = ptx.lds_i32(sPlan + AT_VERDICT)
-        for wg in cutlass.range_constexpr(1, self.state_wgs):
-            verdict = cutlass.max(verdict, ptx.lds_i32(sPlan + AT_VERDICT + wg * 4))  # both are EXACT or none is
-        end = self.blocks * (worker + 1)
-        for other in cutlass.range(end - self.blocks + lane, self.blocks * (span // SPAN + 1), 32, unroll=1):
-            if other != own:
-                ptx.stg_release(self.verdict_at(workspace, slices, other, own), Int64(verdict) + GOOD)
-        cute.arch.sync_warp()
-        good = verdict == 0
-        right = Boolean(True)
-        for nth in cutlass.range(self.blocks * (span % SPAN + 1), end, 32, unroll=1):
-            word = Int64(GOOD)
+        guessed = ptx.lds_i32(sPlan + AT_GUESSED)
+        what = Int64(EXACT)
+        if guessed != 0:
+            what = Int64(GUESSED)
+        self.tell(workspace, most_workers, sPlan, what, worker, span // SPAN + 1)
+        end, wrong, before = self.blocks * (worker + 1), Int32(0), Int64(0)
+        for nth in cutlass.range(self.blocks * (span % SPAN), end, 32, unroll=1):
             other = nth + lane
+            ends, begins, kind = Int64(0), self.noted(sPlan, 1), what
             if (other < end) & (other != own):
-                at = self.verdict_at(workspace, slices, own, other)
-                word = ptx.ldg_acquire(at)
-                while (word != GOOD) & (word != BAD) & (word != EXACT):
-                    word = ptx.ldg_acquire(at)
-                ptx.stg_release(at, Int64(0))
+                at = self.told(workspace, most_workers, own, other)
+                kind = Int64(0)
+                while (kind != GUESSED) & (kind != EXACT):
+                    ends, begins = ptx.ldg_relaxed(at), ptx.ldg_relaxed(at + 8)
+                    kind = ends ^ begins ^ ptx.ldg_relaxed(at + 16)
+                for i in cutlass.range_constexpr(3):
+                    ptx.stg_relaxed(at + 8 * i, Int64(0))
             cute.arch.sync_warp()
-            bad, exact = cute.arch.vote_ballot_sync(word == BAD), cute.arch.vote_ballot_sync(word == EXACT)
-            if (bad | exact) != 0:
-                right = Uint32(exact) > Uint32(bad)  # of these the last one is exact
-        todo = KEPT | (fate & FINAL)
-        if good & right:
-            if (lane < self.state_wgs) & ((fate & HANDED_ON) != 0):
-                _, word, _ = self.words((workspace, slices, 0, lane), self.slice(lane), Int32(0))
-                ptx.stg_release(word, Int64(FIRST_IS_IT))
-        elif verdict != EXACT - GOOD:
-            todo = fate
-            for wg in cutlass.range_constexpr(self.state_wgs):
-                todo |= Int32(self.word_before(workspace, slices, wg, False) - FIRST_IS_IT) * SECOND
-        cute.arch.sync_warp()
-        return todo
-
-    def verdict_at(self, workspace: Int64, slices: Int32, reader: Int32, writer: Int32) -> Int64:
-        return workspace + Int64((2 + reader) * slices + writer) * 8
-
-    @cute.jit
-    def word_before(self, workspace: Int64, slices: Int32, wg, clear: cutlass.Constexpr[bool]) -> Int64:
-        """Which state of the worker before is the right one, once that is known. Or both words are cleared."""
-        compared, taken, _ = self.words((workspace, slices, 0, 0), self.slice(wg) - 2, Int32(0))
-        word = ptx.ldg_acquire(taken)
-        while (word | 1) != SECOND_IS_IT:
-            word = ptx.ldg_acquire(taken)
-        if const_expr(clear):
-            while ptx.ldg_acquire(compared) != FIRST_IS_IT:
-                pass
-            ptx.stg_release(taken, Int64(0))
-            ptx.stg_release(compared, Int64(0))
-        cute.arch.sync_warp()
-        return word
-
-    @cute.jit
-    def clear_words(self, workspace: Int64, slices: Int32):
-        for wg in cutlass.range_constexpr(self.state_wgs):
-            self.word_before(workspace, slices, wg, True)
+            # of the worker before this lane's: in the lane, or in the 32 before
+            rotated = ptx.shuffle(ends, (lane + 32 - self.blocks) % 32)
+            came_to = rotated
+            if lane < self.blocks:
+                came_to = before
+            before = rotated
+            exact = cute.arch.vote_ballot_sync((other < end) & (kind == EXACT))
+            bad = cute.arch.vote_ballot_sync((other < end) & (kind == GUESSED) & (begins != came_to))
+            if (exact | bad) != 0:
+                wrong = Int32(Uint32(bad) > Uint32(exact))  # of these the last one is not exact
+        return wrong & guessed, guessed & (wrong ^ 1)
 
     def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
         """Each column of accumulators, a token or a channel, times its number in the table at `at`."""
