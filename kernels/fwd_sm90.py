@@ -93,7 +93,9 @@ FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED = (1 << i 
 # Words in the workspace; what lies there before hardly looks like them.
 HANDED, NOT_NEEDED, GUESSED, EXACT = (0x6B64615F68616E64 + i for i in range(4))
 SPAN = 1 << 16  # first worker and SPAN times the last one
-FORGOTTEN = 2.0**-48  # what a state is multiplied by at most, channel by channel, if a segment is to begin without it
+# What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
+# guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
+FORGOTTEN = 2.0**-48
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
@@ -306,8 +308,8 @@ class KdaFwdSm90:
         the first piece of an item is what its worker begins with, the second what the next worker ends with, which
         hardly waits, and for none but a block with a lower index.
 
-        Are parts shorter than an item, then the pieces of it that do not begin it are segments, at most one for each
-        worker and its last: it is listed three times, to warm up, to run, and to run again or not.
+        Are parts shorter than an item, then the pieces of it that do not begin it are segments. A worker has one at
+        most, its last piece; it is listed three times: to warm up, to run, and to run again if need be.
 
         Without a workspace, places on the line are items, which are dealt out in turn.
         """
@@ -408,8 +410,8 @@ class KdaFwdSm90:
         flags: Int32, warmed_up: Int32,
     ):  # fmt: skip
         """The piece that ends at place `at` of the line: (where the next one ends; first token, tokens, head, batch,
-        number of the state, what becomes of it, workers that have the item's pieces). Of a segment that is its
-        warm-up first."""
+        number of the state, what becomes of it, workers that have pieces of the item). If it is a segment, its warm-up
+        comes first."""
         worker, workers = self.worker()
         at -= 1
         next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(FINAL), Int32(0)
@@ -617,14 +619,14 @@ class KdaFwdSm90:
         self, count: Int32, segment: Int32, readers_end: Int32, tiles, raw_full, empty, stage: Int32, phase: Int32,
         n: Int32, work, settled, workspace: Int64, most_workers: Int32,
     ):  # fmt: skip
-        """Behind the loop over pieces, where ptxas need not know what is uniform: what blocks tell one another, and
-        the last piece, a segment again."""
+        """What blocks tell one another, and the last piece if there is a segment: it again, or nothing but to store its
+        state. Not in the loop over pieces, where lanes that part ways would cost ptxas its uniform registers."""
         sPlan, lane = work[0], cute.arch.lane_idx()
-        mine, theirs = Int64(HANDED), Int64(NOT_NEEDED)
         if readers_end > 0:
             cute.arch.mbarrier_wait(settled[1], 0)
             self.tell(workspace, most_workers, sPlan, Int64(EXACT), self.worker()[0] + 1, readers_end)
         if segment > 0:
+            cute.arch.sync_warp()
             at = sPlan + AT_PIECES + (count - 1) % PIECES * 32
             start, tokens, h, b = ptx.lds_i32x4(at)
             nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
@@ -640,14 +642,13 @@ class KdaFwdSm90:
             self.list_piece(count, (start, tokens, h, b, nh, fate, next_nh, span), work)
             self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
             if not_needed != 0:
-                # lanes for the state handed on, which is the right one now, and for that of the worker before
-                slice, end = self.slice(0) + lane, self.state_wgs
-                if lane >= self.state_wgs:
-                    slice, end = slice - self.state_wgs - 2, 2 * self.state_wgs
-                    mine, theirs = Int64(NOT_NEEDED), Int64(HANDED)
                 if handed_on:
                     cute.arch.mbarrier_wait(settled[1], 0)
-                if (lane < end) & (handed_on | (lane >= self.state_wgs)):
+                # a lane for each state handed on, which is the right one now, and for each of the worker before
+                slice, mine, theirs = self.slice(lane), Int64(HANDED), Int64(NOT_NEEDED)
+                if lane >= self.state_wgs:
+                    slice, mine, theirs = slice - self.state_wgs - 2, theirs, mine
+                if (lane < 2 * self.state_wgs) & (handed_on | (lane >= self.state_wgs)):
                     self.settle(workspace, slice, mine, theirs)
 
     # ------------------------------------------------------------------ between the blocks of a cluster
@@ -1317,7 +1318,7 @@ class KdaFwdSm90:
                     source = Int32(0)
                     self.note(acc_s, work[0], 1, wg * 4 + warp, lane)
             if source != 0:
-                if warp == 0:
+                if (warp == 0) & ((fate & AGAIN) != 0):
                     cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
                 self.take_state(acc_s, place)
             elif (fate & (SEGMENT | KEPT)) == 0:
