@@ -127,7 +127,8 @@ class KdaFwdSm90:
         self.state_wgs = self.v_boxes
         self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
         # registers a lane: those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has
-        self.regs_load, self.regs_prepare, self.regs_state = (64, 128 if config.v_split == 1 else 144, 160)
+        registers = (64, 128, 160) if config.v_split == 1 else (72, 136, 168)
+        self.regs_load, self.regs_prepare, self.regs_state = registers
 
     # ------------------------------------------------------------------ host side
 
@@ -1346,6 +1347,8 @@ class KdaFwdSm90:
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
+                if (fate & WARM_UP) != 0:
+                    forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
@@ -1388,7 +1391,6 @@ class KdaFwdSm90:
                 o_at = o_row + buf * BOX + t_row + t_col
                 ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
                 ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
-                forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 warpgroup.wait_group(0)
                 cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
                 if const_expr(self.blocks == 2):
