@@ -10,6 +10,7 @@ import torch
 D = 128
 LOWER_BOUND = -5.0
 RAGGED = (1300, 547, 2048, 963, 271, 3063)
+LONG_AND_SHORT = (60_000, *(20 + 61 * i % 381 for i in range(50)))
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,12 @@ class Case:
     @property
     def name(self) -> str:
         n, first = self.N, self.lengths[0]
-        shape = (
-            f"{first}"
-            if n == 1
-            else f"{n} x {first}"
-            if len(set(self.lengths)) == 1
-            else "+".join(map(str, self.lengths))
-        )
+        if n == 1:
+            shape = f"{first}"
+        elif len(set(self.lengths)) == 1:
+            shape = f"{n} x {first}"
+        else:
+            shape = "+".join(map(str, self.lengths[:6])) + "+..." * (n > 6)
         return f"{shape}, H = {self.H}, {self.gate}"
 
     @property
@@ -53,7 +53,11 @@ SUITES = {
     "short": [Case((128,) * 64, 32), Case((32,) * 256, 32), Case((8,) * 1024, 32)],
     "decode": [Case((1,) * 256, 32), Case((4,) * 64, 32), Case((16,) * 64, 32)],
     "tokens": [Case((T,), 16) for T in (1024, 4096, 16384)],  # with 8192 and 65536 above, time against T
-    "gates": [Case((8192,), H, gate) for H in (96, 16) for gate in ("prod", "weak", "mixed")],
+    "gates": [
+        Case((T,), H, gate) for T, H in ((8192, 96), (8192, 16), (65536, 16)) for gate in ("prod", "weak", "mixed")
+    ],
+    "length": [Case((16384 << i,), 8) for i in range(7)],
+    "ragged": [Case(LONG_AND_SHORT, 8), Case((sum(LONG_AND_SHORT) // len(LONG_AND_SHORT),) * len(LONG_AND_SHORT), 8)],
 }
 
 

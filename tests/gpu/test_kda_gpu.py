@@ -18,7 +18,7 @@ from hypothesis import given, settings
 
 from kda_cute import contract, ops
 from kda_cute.kernels.config import ITEM_COST, part
-from kda_cute.ops import chunk_kda, fwd
+from kda_cute.ops import chunk_kda, chunk_kda_summary, fwd
 from kda_cute.reference import chunked, recurrence
 from tests.gpu.oracle import BOUND, check_o, check_state, relative_error, truth
 from tests.strategies import DTYPES, Call, Case, Guarded, cases, make
@@ -369,6 +369,24 @@ def test_order_of_sequences_does_not_matter() -> None:
         cu_seqlens=torch.tensor(permuted.cuts, device=DEVICE),
     )
     assert torch.equal(o_permuted, o[:, tokens]) and torch.equal(S_permuted, S[order])
+
+
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("decay", ["strong", "weak", "mixed"])
+def test_summary_carries_the_state_over(decay: str, state_v_first: bool) -> None:
+    """A sequence cut in two, as between GPUs: the second part begins with what the summary of the first gives."""
+    case = Case(28, (3000,), H=3, decay=decay, initial_state="fp32", final_state="new", state_v_first=state_v_first)
+    call = make(case, DEVICE)
+    o, S = run(call)
+    unused = ("q", "scale", "initial_state", "output_final_state")
+    kwargs = {name: x for name, x in call.kwargs.items() if name not in unused}
+    first, second = ({n: call.tensors[n][:, cut] for n in ("q", "k", "v", "g", "beta")}
+                     for cut in (slice(None, 1700), slice(1700, None)))  # fmt: skip
+    M, C = chunk_kda_summary(**{**kwargs, **{n: x for n, x in first.items() if n != "q"}})
+    S0 = call.tensors["initial_state"]
+    middle = (S0.double() @ M.double() if state_v_first else M.double() @ S0.double()) + C
+    o2, S2 = run(call, **second, initial_state=middle.float())
+    assert relative_error(S2, S.double()) <= BOUND and relative_error(o2, o[:, 1700:].double()) <= BOUND
 
 
 def test_fwd_is_chunk_kda() -> None:
