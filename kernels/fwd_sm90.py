@@ -1533,9 +1533,14 @@ class KdaFwdSm90:
 
     def told(self, workspace: Int64, most_workers: Int32, reader: Int32, writer: Int32) -> Int64:
         """Address of what a block tells another: the hash of the state that its piece ends with, of that which it began
-        with, and, with both in it, whether it was GUESSED or is EXACT."""
+        with, and, sealed with both, whether it was GUESSED or is EXACT."""
         nth = reader * (most_workers * self.blocks) + writer
         return workspace + (Int64(most_workers) * 2 + Int64(nth) * 3) * 8
+
+    def seal(self, ends: Int64, begins: Int64) -> Int64:
+        """The three words arrive in any order, each by itself: what of both hashes, also if they are equal, as those of
+        a state that stays zero are, is no other with one or both still 0."""
+        return ends + begins * 3
 
     @cute.jit
     def tell(self, workspace: Int64, most_workers: Int32, sPlan: Int32, what: Int64, first: Int32, end: Int32):
@@ -1545,7 +1550,7 @@ class KdaFwdSm90:
         for other in cutlass.range(self.blocks * first + cute.arch.lane_idx(), self.blocks * end, 32, unroll=1):
             if other != own:
                 at = self.told(workspace, most_workers, other, own)
-                for i, x in enumerate((ends, begins, ends ^ begins ^ what)):
+                for i, x in enumerate((ends, begins, self.seal(ends, begins) ^ what)):
                     ptx.stg_relaxed(at + 8 * i, x)
         cute.arch.sync_warp()
 
@@ -1570,7 +1575,7 @@ class KdaFwdSm90:
                 kind = Int64(0)
                 while (kind != GUESSED) & (kind != EXACT):
                     ends, begins = ptx.ldg_relaxed(at), ptx.ldg_relaxed(at + 8)
-                    kind = ends ^ begins ^ ptx.ldg_relaxed(at + 16)
+                    kind = self.seal(ends, begins) ^ ptx.ldg_relaxed(at + 16)
                 for i in cutlass.range_constexpr(3):
                     ptx.stg_relaxed(at + 8 * i, Int64(0))
             cute.arch.sync_warp()
