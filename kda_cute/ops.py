@@ -1,4 +1,4 @@
-"""The public operation: `chunk_kda` with fla's signature, and `fwd` with FlashKDA's."""
+"""The public operations: `chunk_kda` with fla's signature, `fwd` with FlashKDA's, and `chunk_kda_summary`."""
 
 from __future__ import annotations
 
@@ -216,6 +216,54 @@ def chunk_kda(
     if key is not None and all(map(operator.is_, asked, taken)):
         _remember(key, (q, k, v, g, beta, *optional), launch, state_shape)
     return o, final_state
+
+
+def chunk_kda_summary(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What tokens do to the state, without knowing it: an affine map, (M, C) for every sequence and head.
+
+    With the state S [K, V] before them it is M S + C after them; with state_v_first, S [V, K], it is S M + C. So a
+    sequence can be cut between GPUs: each summarises its part, the parts before it give the state that it begins with,
+    and `chunk_kda` takes that as initial_state.
+
+    M is what chunk_kda makes of the identity without values, C what it makes of no state: two of its passes.
+
+    Args:
+        all as in `chunk_kda`, which raises what is raised; l2norm concerns k alone.
+
+    Returns:
+        M [N, HV, K, K] and C [N, HV, K, V], or [N, HV, V, K] with state_v_first; fp32 (fp64 for fp64 inputs).
+    """
+    arguments: dict[str, Any] = dict(
+        output_final_state=True, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval, safe_gate=safe_gate,
+        lower_bound=lower_bound, state_v_first=state_v_first, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
+        backend=backend,
+    )  # fmt: skip
+    _, C = chunk_kda(k, k, v, g, beta, **arguments)
+    assert C is not None
+    K, (N, HV) = k.shape[-1], C.shape[:2]
+    identity = torch.eye(K, device=k.device).repeat(N, HV, 1, 1)
+    no_values = v.new_zeros((*v.shape[:-1], K))
+    _, M = chunk_kda(k, k, no_values, g, beta, initial_state=identity, **arguments)
+    assert M is not None
+    return M, C
 
 
 def fwd(

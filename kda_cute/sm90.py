@@ -70,7 +70,7 @@ def prepare(
     B, T, H, _ = g.shape
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     split = v_split(B * T, n, H, sms)
-    room = workspace_bytes(n, H, cu_seqlens is not None, split, sms)
+    room = workspace_bytes(B * T if cu_seqlens is not None else T, n, H, cu_seqlens is not None, split, sms)
     kernel = jit.load(
         KdaFwdConfig(
             "bf16" if g.dtype is torch.bfloat16 else "fp32",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
@@ -19,7 +20,9 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_
 CHUNK_US = {1: 1.96, 2: 1.26}
 LISTED = 128  # of more packed sequences the lengths are not looked at before: each is a small part of the work
 ITEM_COST = 3  # in chunks: what a (sequence, head) takes besides its chunks, to load and store its state
-FLAGS_BYTES = 4096  # of a workspace: a flag of 8 bytes for each 64 value rows of each block; their states lie behind
+MIN_PART = 8  # chunks that a worker has at least, before an item is cut only to be done sooner
+MAX_WARM = 16  # chunks at most by which a segment begins early
+STATE_BYTES = 64 * 128 * 4  # a slice of a state: 64 value rows, fp32
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     H heads and a GPU with `sms` multiprocessors: what takes less time if all sequences are equally long.
 
     There is one block a multiprocessor. A head that does not fit into the time of its block goes on in another, so that
-    all take equally long, but its tokens stay one behind the other.
+    all take equally long. If heads are few, segments of one run at the same time where gates forget, but one behind the
+    other where they do not: it is for those that two blocks share a head then.
     """
 
     def us(split: Literal[1, 2]) -> float:
@@ -66,12 +70,41 @@ def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     return 2 if us(2) < us(1) else 1
 
 
-def workspace_bytes(N: int, H: int, packed: bool, split: Literal[1, 2], sms: int) -> int:
-    """Bytes of global memory by which a head goes on in another block; 0 if none does, because all find a place or
-    because there are too many packed sequences."""
-    if N * H <= sms // split or (packed and N > LISTED):
+def part(
+    total: Any,
+    longest: Any,
+    workers: Any,
+    most: Callable[[Any, Any], Any] = max,
+    choose: Callable[[Any, Any, Any], Any] = lambda condition, a, b: a if condition else b,
+) -> tuple[Any, Any]:
+    """(length, warm) of the parts into which the line of all work is cut, for so many workers, in chunks. `total` is
+    the line's length and `longest` that of its longest item. The kernel evaluates this too, with its own integers.
+
+    warm = 0: no part is shorter than an item, so that an item is cut once at most, and its state is there when it goes
+    on. Otherwise parts are shorter, pieces of an item run at the same time, as segments, and a segment begins `warm`
+    chunks early: see KdaFwdSm90.state.
+    """
+    even = (total + workers - 1) // workers
+    short = most(even, MIN_PART)
+    segments = 5 * short <= 4 * longest  # what warming up and comparing costs has to be worth it
+    warm = MAX_WARM - most(MAX_WARM - most(short // 32, 1), 0)
+    return choose(segments, short, most(even, longest)), choose(segments, warm, 0)
+
+
+def words_bytes(workers: Any, blocks: Any) -> Any:
+    """Of a workspace: a word of 8 bytes for each slice of a state, three from each block to each other one."""
+    return ((2 * workers + 3 * (workers * blocks) * (workers * blocks)) * 8 + 127) // 128 * 128
+
+
+def workspace_bytes(T: int, N: int, H: int, packed: bool, split: Literal[1, 2], sms: int) -> int:
+    """Bytes of global memory by which a head goes on in another block; 0 if none does, because all find a place and
+    none is long enough to be cut even so, or because there are too many packed sequences. T: tokens of a sequence at
+    most."""
+    workers = sms // split
+    short = 4 * (-(-T // 32) + ITEM_COST) < 5 * MIN_PART
+    if (packed and N > LISTED) or (N * H <= workers and short):
         return 0
-    return FLAGS_BYTES + sms // split * split * (128 * 128 * 4 // split)
+    return words_bytes(workers, split) + 2 * workers * STATE_BYTES
 
 
 def all_configs() -> list[KdaFwdConfig]:

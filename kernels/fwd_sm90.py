@@ -44,14 +44,16 @@ from .config import (
     BETA_SIGMOID,
     CU_INT64,
     FINAL_BF16,
-    FLAGS_BYTES,
     INITIAL_BF16,
     ITEM_COST,
     L2NORM,
     LISTED,
     NEG_EIGVAL,
+    STATE_BYTES,
     STATE_V_FIRST,
     KdaFwdConfig,
+    part,
+    words_bytes,
 )
 
 LOG2_E = 1.4426950408889634
@@ -80,11 +82,20 @@ ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
 PIECES = 8  # so many: more than there are stages, for sequences of a chunk or less
 AT_STARTS, AT_TOKENS, AT_WARPS = 4 * LISTED, 8 * LISTED, 12 * LISTED
 AT_END = AT_WARPS + 8 * LISTED // 32
-AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST = (AT_END + 4 * i for i in range(1, 5))
-AT_PIECES = AT_END + 32
+AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM, AT_SEGMENT, AT_GUESSED = (
+    AT_END + 4 * i for i in range(1, 9)
+)
+AT_HASHES = AT_END + 48  # of the states that a piece ends and a segment begins with, of each of 8 warps
+AT_PIECES = AT_HASHES + 2 * 8 * 8
 PLAN = AT_PIECES + 32 * PIECES
-FINAL, HANDED_ON, TAKEN_OVER = 1, 2, 4  # what becomes of a piece's state, and whether it comes from another block
-HANDED = 0x6B64615F68616E64  # the flag in the workspace that says so; what lies there before hardly looks like it
+# What becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do for it.
+FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED = (1 << i for i in range(8))
+# Words in the workspace; what lies there before hardly looks like them.
+HANDED, NOT_NEEDED, GUESSED, EXACT = (0x6B64615F68616E64 + i for i in range(4))
+SPAN = 1 << 16  # first worker and SPAN times the last one
+# What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
+# guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
+FORGOTTEN = 2.0**-48
 BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
@@ -116,7 +127,8 @@ class KdaFwdSm90:
         self.state_wgs = self.v_boxes
         self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
         # registers a lane: those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has
-        self.regs_load, self.regs_prepare, self.regs_state = (64, 128 if config.v_split == 1 else 144, 160)
+        registers = (64, 128, 160) if config.v_split == 1 else (72, 136, 168)
+        self.regs_load, self.regs_prepare, self.regs_state = registers
 
     # ------------------------------------------------------------------ host side
 
@@ -161,11 +173,14 @@ class KdaFwdSm90:
             return cute.make_tiled_mma(op)
 
         items = N * cute.size(mO.shape[2])
-        grid = cutlass.min(items, max_blocks // self.blocks) * self.blocks
+        workers = max_blocks // self.blocks
+        grid = workers * self.blocks
+        if workspace == 0:
+            grid = cutlass.min(items, workers) * self.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, scale, lower_bound,
-            flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, workers, scale,
+            lower_bound, flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,
@@ -183,7 +198,7 @@ class KdaFwdSm90:
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mO: cute.Tensor,
         beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, cu_seqlens: Int64,
-        workspace: Int64, items: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
+        workspace: Int64, items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         S = self.stages
@@ -199,12 +214,13 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 1)
+        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
         listed, taken = a_empty + SYSTEMS, a_empty + SYSTEMS + PIECES
         left = taken + PIECES  # the other block has left what it was sent
+        settled = left + 1, left + 2  # a segment is done; a state has been handed on
 
         if warp == 0:
             with cute.arch.elect_one():
@@ -216,6 +232,8 @@ class KdaFwdSm90:
                     readers = 128 * self.state_wgs + (4 if self.blocks == 2 and s < self.own_stages else 0)
                     cute.arch.mbarrier_init(empty + s, readers)
                 cute.arch.mbarrier_init(left, 4)
+                cute.arch.mbarrier_init(settled[0], 4 * self.state_wgs)
+                cute.arch.mbarrier_init(settled[1], 128 * self.state_wgs)
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
@@ -241,7 +259,8 @@ class KdaFwdSm90:
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    work, items, H, T, cu_seqlens, workspace, flags,
+                    work, settled, items, H, T, cu_seqlens, workspace, most_workers,
+                    flags,
                 )  # fmt: skip
             elif warp == 1:
                 self.invert(
@@ -268,7 +287,8 @@ class KdaFwdSm90:
             cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
                 (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
-                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, flags, work,
+                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, most_workers,
+                flags, work, settled,
             )  # fmt: skip
         if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
@@ -287,14 +307,17 @@ class KdaFwdSm90:
         An item that lies across a border is cut there, if there is a workspace to hand its state on by; all workers
         then take equally long (McNaughton's wrap-around rule). They walk their parts from the end to the beginning. So
         the first piece of an item is what its worker begins with, the second what the next worker ends with, which
-        hardly waits, and for none but a block with a lower index. No part is shorter than an item.
+        hardly waits, and for none but a block with a lower index.
+
+        Are parts shorter than an item, then the pieces of it that do not begin it are segments. A worker has one at
+        most, its last piece; it is listed three times: to warm up, to run, and to run again if need be.
 
         Without a workspace, places on the line are items, which are dealt out in turn.
         """
         n, lane, warp = cute.arch.thread_idx()[0], cute.arch.lane_idx(), cute.arch.warp_idx()
         worker, workers = self.worker()
         end, begin = cute.ceil_div(items - worker, workers), Int32(0)
-        count = end
+        count, length, warm, first_chunk = end, Int32(0), Int32(0), Int32(0)
         if workspace != 0:
             unit = cute.ceil_div(T, C) + ITEM_COST
             total = items * unit
@@ -323,7 +346,7 @@ class KdaFwdSm90:
                     total += ptx.lds_i32(sPlan + AT_WARPS + i * 8)
                     unit = cutlass.max(unit, ptx.lds_i32(sPlan + AT_WARPS + i * 8 + 4))
                 upto += before
-                end, begin = self.part(total, unit)
+                end, begin, length, warm = self.part(total, unit)
                 if n < items // H:
                     ptx.sts_i32(sPlan + n * 4, upto - mine)
                     ptx.sts_i32(sPlan + AT_STARTS + n * 4, start)
@@ -337,19 +360,32 @@ class KdaFwdSm90:
                     first, last = ptx.lds_i32(sPlan + AT_FIRST), ptx.lds_i32(sPlan + AT_LAST)
                     count = (last - first) * H + 1
                     count += self.head_at(end - 1, last, sPlan) - self.head_at(begin, first, sPlan)
+                    unit = cute.ceil_div(ptx.lds_i32(sPlan + AT_TOKENS + first * 4), C) + ITEM_COST
+                    first_chunk = ptx.lds_i32(sPlan + first * 4) + ITEM_COST
+                    first_chunk += self.head_at(begin, first, sPlan) * unit
             else:
-                end, begin = self.part(total, unit)
+                end, begin, length, warm = self.part(total, unit)
                 count = cutlass.max((end - 1) // unit - begin // unit + 1, 0)
+                first_chunk = begin // unit * unit + ITEM_COST
         if n == 0:
             ptx.sts_i32(sPlan + AT_END, end)
             ptx.sts_i32(sPlan + AT_BEGIN, begin)
+            ptx.sts_i32(sPlan + AT_LENGTH, length)
+            ptx.sts_i32(sPlan + AT_WARM, warm)
+            segment = Int32((warm > 0) & (begin > first_chunk) & (begin < end))
+            ptx.sts_i32(sPlan + AT_SEGMENT, segment)
+            count += 2 * segment
             ptx.sts_i32(sPlan + AT_COUNT, count)
 
     def part(self, total: Int32, longest: Int32):
-        """(end, begin) of a worker's part of the line: never shorter than an item."""
+        """A worker's part of the line: (end, begin, length, chunks by which segments begin early)."""
         worker, workers = self.worker()
-        length = cutlass.max(cute.ceil_div(total, workers), longest)
-        return cutlass.min((worker + 1) * length, total), worker * length
+
+        def choose(condition, a, b):
+            return b + (a - b) * Int32(condition)
+
+        length, warm = part(total, longest, workers, cutlass.max, choose)
+        return cutlass.min((worker + 1) * length, total), worker * length, length, warm
 
     def head_at(self, at: Int32, seq: Int32, sPlan: Int32):
         """Whose head of a listed sequence is at a place of the line."""
@@ -372,22 +408,22 @@ class KdaFwdSm90:
     @cute.jit
     def find_piece(
         self, at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
-        flags: Int32,
+        flags: Int32, warmed_up: Int32,
     ):  # fmt: skip
-        """The piece that ends at place `at` of the line: (where it begins; first token, tokens, head, batch, number of
-        the state and what becomes of it)."""
+        """The piece that ends at place `at` of the line: (where the next one ends; first token, tokens, head, batch,
+        number of the state, what becomes of it, workers that have pieces of the item). If it is a segment, its warm-up
+        comes first."""
         worker, workers = self.worker()
         at -= 1
-        next_at, skipped, upto, fate = at, Int32(0), Int32(1 << 25), Int32(FINAL)
+        next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(FINAL), Int32(0)
         item = at * workers + worker
         seq = item // H
         h = item - seq * H
         start, tokens, b = Int32(0), T, seq
+        base, unit = Int32(0), cute.ceil_div(T, C) + ITEM_COST
         if workspace == 0:
             start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
         else:
-            unit = cute.ceil_div(T, C) + ITEM_COST
-            base = Int32(0)
             if cu_seqlens == 0:
                 item = at // unit
                 seq = item // H
@@ -410,10 +446,29 @@ class KdaFwdSm90:
                 fate = Int32(0)
                 if upto > 0:
                     fate = Int32(HANDED_ON)
+                    if ptx.lds_i32(sPlan + AT_WARM) > 0:
+                        fate = Int32(HANDED_ON | COMPARED)
+                        span = self.span(base, unit, sPlan)
+        tokens = cutlass.min(tokens, upto * C)
         if skipped > 0:
-            fate += TAKEN_OVER
-        tokens = cutlass.min(tokens, upto * C) - skipped * C
-        return next_at, start + skipped * C, tokens, h, b, seq * H + h, fate
+            warm = cutlass.min(ptx.lds_i32(sPlan + AT_WARM), skipped)
+            if warm == 0:
+                fate += TAKEN_OVER
+            else:
+                span = self.span(base, unit, sPlan)
+                next_at = at + 1
+                if warmed_up == 0:
+                    fate = Int32(WARM_UP)
+                    tokens = skipped * C
+                    skipped -= warm
+                else:
+                    fate = (fate & ~FINAL) | SEGMENT
+        return next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span
+
+    def span(self, base: Int32, unit: Int32, sPlan: Int32) -> Int32:
+        """The workers that have pieces of an item: the first and SPAN times the last."""
+        length = ptx.lds_i32(sPlan + AT_LENGTH)
+        return (base + ITEM_COST) // length + (base + unit - 1) // length * SPAN
 
     def count(self, work) -> Int32:
         """Of a worker's pieces."""
@@ -422,13 +477,13 @@ class KdaFwdSm90:
     @cute.jit
     def piece(self, nth: Int32, work):
         """A piece as `load` lists it: (first token, tokens, head, batch, number of the state, what becomes of it,
-        number of the next initial state or -1)."""
+        number of the next initial state or -1, workers that have pieces of the item)."""
         sPlan, listed, taken = work
         at = sPlan + AT_PIECES + nth % PIECES * 32
         cute.arch.mbarrier_wait(listed + nth % PIECES, nth // PIECES & 1)
         numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
         cute.arch.mbarrier_arrive(taken + nth % PIECES)
-        return tuple(ptx.uniform(x) for x in numbers[:7])
+        return tuple(ptx.uniform(x) for x in numbers)
 
     @cute.jit
     def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
@@ -481,7 +536,8 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        work, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32,
+        work, settled, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
+        most_workers: Int32, flags: Int32,
     ):  # fmt: skip
         """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
         the tensor arrive as zeros."""
@@ -492,50 +548,109 @@ class KdaFwdSm90:
         bKQ = boxes(AT_KQ, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(AT_G, self.g_type, D // self.g_boxes, self.g_boxes)
         bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
-        S, vs = self.own_stages, self.rank()
+        tiles = (q_tma, mQ, bKQ), (k_tma, mK, bKQ), (v_tma, mV, bV), (g_tma, mG, bG)
         stage, phase, n = Int32(0), Int32(1), Int32(0)
-        sPlan, listed, taken = work
-        count, at = self.count(work), ptx.lds_i32(sPlan + AT_END)
-        start, tokens, h, b, nh, fate = (Int32(0) for _ in range(6))
+        sPlan = work[0]
+        segment = ptx.lds_i32(sPlan + AT_SEGMENT)
+        count, at = self.count(work) - segment, ptx.lds_i32(sPlan + AT_END)
+        start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
+        readers_end = Int32(0)  # of what there is to tell about the first piece of an item
         for nth in cutlass.range(count + 1, unroll=1):
             # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
-            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0)
+            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0), Int32(0)
             if nth < count:
-                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags)
+                last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
+                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last)
             if nth > 0:
                 next_nh = found[5]
-                if (found[6] & TAKEN_OVER) != 0:
+                if (found[6] & ~(FINAL | HANDED_ON | COMPARED)) != 0:
                     next_nh = Int32(-1)
-                slot = (nth - 1) % PIECES
-                cute.arch.mbarrier_wait(taken + slot, (nth - 1) // PIECES & 1 ^ 1)
-                with cute.arch.elect_one():
-                    to = sPlan + AT_PIECES + slot * 32
-                    ptx.sts_i32x4(to, (start, tokens, h, b))
-                    ptx.sts_i32x4(to + 16, (nh, fate, next_nh, next_nh))
-                    cute.arch.mbarrier_arrive(listed + slot)
-            sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
-            sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
-            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
-            chunks = cute.ceil_div(tokens, C)
-            for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                bar = raw_full + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
-                for i in cutlass.range_constexpr(self.g_boxes):
-                    cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
-                for i in cutlass.range_constexpr(2):
-                    cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
-                    cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
-                for i in cutlass.range_constexpr(self.v_boxes):
-                    cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
-                stage += 1
-                if stage == S:
-                    stage = Int32(0)
-                    phase ^= 1
-            n += chunks
-            at, start, tokens, h, b, nh, fate = found
+                if (fate & (COMPARED | SEGMENT)) == COMPARED:
+                    readers_end = span // SPAN + 1
+                self.list_piece(nth - 1, (start, tokens, h, b, nh, fate, next_nh, span), work)
+            stage, phase, n = self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
+            at, start, tokens, h, b, nh, fate, span = found
+        self.finish(
+            count, segment, readers_end, tiles, raw_full, empty, stage, phase, n, work, settled, workspace, most_workers
+        )
+
+    @cute.jit
+    def list_piece(self, nth: Int32, numbers, work):
+        sPlan, listed, taken = work
+        slot = nth % PIECES
+        cute.arch.mbarrier_wait(taken + slot, nth // PIECES & 1 ^ 1)
+        with cute.arch.elect_one():
+            to = sPlan + AT_PIECES + slot * 32
+            ptx.sts_i32x4(to, numbers[:4])
+            ptx.sts_i32x4(to + 16, numbers[4:])
+            cute.arch.mbarrier_arrive(listed + slot)
+
+    @cute.jit
+    def load_piece(
+        self, tiles, raw_full, empty, start: Int32, tokens: Int32, h: Int32, b: Int32, stage: Int32, phase: Int32,
+        n: Int32,
+    ):  # fmt: skip
+        (q_tma, mQ, bKQ), (k_tma, mK, _), (v_tma, mV, bV), (g_tma, mG, bG) = tiles
+        vs = self.rank()
+        sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
+        sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
+        sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
+        sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
+        chunks = cute.ceil_div(tokens, C)
+        for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
+            cute.arch.mbarrier_wait(empty + stage, phase)
+            bar = raw_full + stage
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
+            for i in cutlass.range_constexpr(self.g_boxes):
+                cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
+            for i in cutlass.range_constexpr(2):
+                cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
+                cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
+            for i in cutlass.range_constexpr(self.v_boxes):
+                cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
+            stage += 1
+            if stage == self.own_stages:
+                stage = Int32(0)
+                phase ^= 1
+        return stage, phase, n + chunks
+
+    @cute.jit
+    def finish(
+        self, count: Int32, segment: Int32, readers_end: Int32, tiles, raw_full, empty, stage: Int32, phase: Int32,
+        n: Int32, work, settled, workspace: Int64, most_workers: Int32,
+    ):  # fmt: skip
+        """What blocks tell one another, and the last piece if there is a segment: it again, or nothing but to store its
+        state. Not in the loop over pieces, where lanes that part ways would cost ptxas its uniform registers."""
+        sPlan, lane = work[0], cute.arch.lane_idx()
+        if readers_end > 0:
+            cute.arch.mbarrier_wait(settled[1], 0)
+            self.tell(workspace, most_workers, sPlan, Int64(EXACT), self.worker()[0] + 1, readers_end)
+        if segment > 0:
+            cute.arch.sync_warp()
+            at = sPlan + AT_PIECES + (count - 1) % PIECES * 32
+            start, tokens, h, b = ptx.lds_i32x4(at)
+            nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
+            again, not_needed = self.judge(workspace, most_workers, sPlan, settled[0], span)
+            handed_on = (fate & HANDED_ON) != 0
+            fate = fate & (HANDED_ON | COMPARED)
+            if not handed_on:
+                fate = Int32(FINAL)
+            if again != 0:
+                fate |= AGAIN
+            else:
+                fate, tokens = KEPT | (fate & FINAL), Int32(0)
+            self.list_piece(count, (start, tokens, h, b, nh, fate, next_nh, span), work)
+            self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
+            if not_needed != 0:
+                if handed_on:
+                    cute.arch.mbarrier_wait(settled[1], 0)
+                # a lane for each state handed on, which is the right one now, and for each of the worker before
+                slice, mine, theirs = self.slice(lane), Int64(HANDED), Int64(NOT_NEEDED)
+                if lane >= self.state_wgs:
+                    slice, mine, theirs = slice - self.state_wgs - 2, theirs, mine
+                if (lane < 2 * self.state_wgs) & (handed_on | (lane >= self.state_wgs)):
+                    self.settle(workspace, slice, mine, theirs)
 
     # ------------------------------------------------------------------ between the blocks of a cluster
 
@@ -1148,10 +1263,18 @@ class KdaFwdSm90:
     def state(
         self, wg: Int32, ring, out, sTables: Int32, raw_full, gated, ready, solved, empty, left,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
-        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64,
-        flags: Int32, work,
+        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64, most_workers: Int32,
+        flags: Int32, work, settled,
     ):  # fmt: skip
-        """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens."""
+        """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
+
+        A segment does not wait for the state before it. It warms up on the chunks before its own, from a zero state,
+        and goes on with what comes out if these chunks' decays say that the true state is forgotten by then. At its end
+        it looks whether the state that the segment before has come to is the same, bit by bit, and tells those after
+        it. If not, or if it is not so for a segment before it, it runs again from the state handed on: what comes out
+        are the bits of one segment after the other, for any input. If the decays say that nothing is forgotten it waits
+        for the true state before it runs.
+        """
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
         col = lane % 4 * 2
@@ -1181,17 +1304,34 @@ class KdaFwdSm90:
         # ldmatrix / stmatrix with a transposition: lane l serves token l % 8 + 8 (l // 16), 16-byte column of v
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
-        n, buf = Int32(0), Int32(0)
+        n, buf, forget = Int32(0), Int32(0), Float32(1.0)
 
         vs = self.rank() + wg  # of 64 value rows
         for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b, nh, fate, next_nh = self.piece(nth, work)
+            start, tokens, h, b, nh, fate, next_nh, span = self.piece(nth, work)
             chunks = cute.ceil_div(tokens, C)
-            if (fate & TAKEN_OVER) != 0:
-                self.take_state(acc_s, workspace, wg, thread)
-            else:
-                self.load_state(acc_s, initial_state, nh, vs, flags)
+            place = workspace, most_workers, wg, thread
+            guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN)
+            if (fate & SEGMENT) != 0:
+                guessed = ptx.all_of(forget < FORGOTTEN, STATE_BAR + wg)
+                source = Int32(TAKEN_OVER)
+                if guessed:
+                    source = Int32(0)
+                    self.note(acc_s, work[0], 1, wg * 4 + warp, lane)
+            if source != 0:
+                if (warp == 0) & ((fate & AGAIN) != 0):
+                    cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
+                self.take_state(acc_s, place)
+            elif (fate & (SEGMENT | KEPT)) == 0:
+                whence = initial_state
+                if (fate & WARM_UP) != 0:
+                    whence = Int64(0)
+                self.load_state(acc_s, whence, nh, vs, flags)
             self.prefetch_state(initial_state, next_nh, vs, flags)
+            forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
+            written = tokens  # of o
+            if (fate & WARM_UP) != 0:
+                written = Int32(0)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 stage, phase, is_own = self.stage_of(n)
@@ -1207,6 +1347,8 @@ class KdaFwdSm90:
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
+                if (fate & WARM_UP) != 0:
+                    forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
@@ -1259,18 +1401,25 @@ class KdaFwdSm90:
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has left the other buffer
                 cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-                if tokens - c * C >= C:
+                if written - c * C >= C:
                     if warp == 0:
                         cute.copy(o_tma, sO_[None, wg * 2 + buf], gO_[None, c, vs])
                         cute.arch.cp_async_bulk_commit_group()
                 else:
-                    self.store_tail(o_row + buf * BOX, mO, start + c * C, tokens - c * C, h, b, vs, thread)
+                    self.store_tail(o_row + buf * BOX, mO, start + c * C, written - c * C, h, b, vs, thread)
                 buf ^= 1
                 n += 1
+            if (fate & (COMPARED | AGAIN)) == COMPARED:
+                self.note(acc_s, work[0], 0, wg * 4 + warp, lane)
+            if (fate & SEGMENT) != 0:
+                if lane == 0:
+                    if (wg == 0) & (warp == 0):
+                        ptx.sts_i32(work[0] + AT_GUESSED, Int32(guessed))
+                    cute.arch.mbarrier_arrive(settled[0])
+            if (fate & HANDED_ON) != 0:
+                self.hand_on_state(acc_s, place, fate, guessed, settled[1])
             if (fate & FINAL) != 0:
                 self.store_state(acc_s, final_state, nh, vs, flags)
-            elif (fate & HANDED_ON) != 0:
-                self.hand_on_state(acc_s, workspace, wg, thread)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
@@ -1310,21 +1459,45 @@ class KdaFwdSm90:
             exists = (address != 0) & (nh >= 0) & (offset < size)
             ptx.prefetch_l2(address + Int64(2 * nh + vs) * size + Int64(offset), exists)
 
-    @cute.jit
-    def hand_on_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
-        """To the next worker, through this one's place in the workspace."""
-        flag, at = self.handed(workspace, cute.arch.block_idx()[0], wg, thread)
-        for i in cutlass.range_constexpr(16):
-            ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
-        cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-        if thread == 0:
-            ptx.stg_release(flag, Int64(HANDED))
+    # ------------------------------------------------------------------ between workers
+    #
+    # A worker has a place in the workspace for each slice, of 64 value rows, of the state that it hands on, and a word
+    # that says whether it is there; each block has three words for each other one, about its segment. A word is written
+    # by one block and cleared by the one other that reads it, so that whoever has this memory next finds none. A block
+    # waits for none but its cluster and those with a lower index, which need not wait for it to be scheduled.
+
+    def slice(self, wg) -> Int32:
+        return self.worker()[0] * 2 + self.rank() + wg
+
+    def place_of(self, slice: Int32, place):
+        """Addresses: (its word, a lane's part of its state)"""
+        workspace, most_workers, _, thread = place
+        states = workspace + Int64(words_bytes(most_workers, self.blocks))
+        return workspace + Int64(slice) * 8, states + (Int64(slice) * STATE_BYTES + Int64(thread * 16))
 
     @cute.jit
-    def take_state(self, acc: cute.Tensor, workspace: Int64, wg: Int32, thread: Int32):
-        """From the worker before, once it is there. The flag is cleared: whoever has this memory next, finds none."""
-        flag, at = self.handed(workspace, cute.arch.block_idx()[0] - self.blocks, wg, thread)
-        while ptx.ldg_acquire(flag) != HANDED:
+    def hand_on_state(self, acc: cute.Tensor, place, fate: Int32, guessed: Boolean, settled):
+        """To the next worker. After a guess `load` says so, once it is known to be the right state."""
+        workspace, _, wg, thread = place
+        word, at = self.place_of(self.slice(wg), place)
+        for i in cutlass.range_constexpr(16):
+            ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
+        if (fate & (COMPARED | AGAIN)) == COMPARED:
+            cute.arch.mbarrier_arrive(settled)
+        if not guessed:
+            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+            if thread == 0:
+                if (fate & COMPARED) == 0:
+                    ptx.stg_release(word, Int64(HANDED))
+                else:
+                    self.settle(workspace, self.slice(wg), Int64(HANDED), Int64(NOT_NEEDED))
+
+    @cute.jit
+    def take_state(self, acc: cute.Tensor, place):
+        """From the worker before, once it is there."""
+        _, _, wg, thread = place
+        word, at = self.place_of(self.slice(wg) - 2, place)
+        while ptx.ldg_acquire(word) != HANDED:
             pass
         cute.arch.sync_warp()
         cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
@@ -1332,12 +1505,91 @@ class KdaFwdSm90:
             for j, x in enumerate(ptx.ldg_f32x4(at + i * 2048)):
                 acc[4 * i + j] = x
         if thread == 0:
-            ptx.stg_release(flag, Int64(0))
+            ptx.stg_relaxed(word, Int64(0))
 
-    def handed(self, workspace: Int64, block: Int32, wg: Int32, thread: Int32):
-        """Addresses of a state warpgroup's place in the workspace: (flag, a lane's part of the state)."""
-        slot = block * self.state_wgs + wg
-        return workspace + Int64(slot) * 8, workspace + (FLAGS_BYTES + Int64(slot) * (D * D * 2) + Int64(thread * 16))
+    @cute.jit
+    def settle(self, workspace: Int64, slice: Int32, mine: Int64, theirs: Int64):
+        """Who has a state to hand on says HANDED, who might have taken it says NOT_NEEDED, and who comes second clears
+        the word."""
+        word = workspace + Int64(slice) * 8
+        if ptx.exchange(word, mine) == theirs:
+            ptx.stg_relaxed(word, Int64(0))
+
+    @cute.jit
+    def note(self, acc: cute.Tensor, sPlan: Int32, which: int, warp: Int32, lane: Int32):
+        """A hash of the state that a piece ends with (0) or a segment begins with (1), for `load`."""
+        hashed = ptx.hash_of([acc[i] for i in range(64)])
+        if lane == 0:
+            for i in cutlass.range_constexpr(2):
+                ptx.sts_i32(sPlan + AT_HASHES + (which * 8 + warp) * 8 + i * 4, hashed[i])
+
+    @cute.jit
+    def noted(self, sPlan: Int32, which: int) -> Int64:
+        lo, hi = Int32(0), Int32(0)
+        if cute.arch.lane_idx() < 4 * self.state_wgs:
+            at = sPlan + AT_HASHES + (which * 8 + cute.arch.lane_idx()) * 8
+            lo, hi = ptx.lds_i32(at), ptx.lds_i32(at + 4)
+        return ptx.pair(ptx.sum(lo), ptx.sum(hi))
+
+    def told(self, workspace: Int64, most_workers: Int32, reader: Int32, writer: Int32) -> Int64:
+        """Address of what a block tells another: the hash of the state that its piece ends with, of that which it began
+        with, and, sealed with both, whether it was GUESSED or is EXACT."""
+        nth = reader * (most_workers * self.blocks) + writer
+        return workspace + (Int64(most_workers) * 2 + Int64(nth) * 3) * 8
+
+    def seal(self, ends: Int64, begins: Int64) -> Int64:
+        """The three words arrive in any order, each by itself: what of both hashes, also if they are equal, as those of
+        a state that stays zero are, is no other with one or both still 0."""
+        return ends + begins * 3
+
+    @cute.jit
+    def tell(self, workspace: Int64, most_workers: Int32, sPlan: Int32, what: Int64, first: Int32, end: Int32):
+        """The blocks of workers first to end - 1, but not this one."""
+        own = cute.arch.block_idx()[0]
+        ends, begins = self.noted(sPlan, 0), self.noted(sPlan, 1)
+        for other in cutlass.range(self.blocks * first + cute.arch.lane_idx(), self.blocks * end, 32, unroll=1):
+            if other != own:
+                at = self.told(workspace, most_workers, other, own)
+                for i, x in enumerate((ends, begins, self.seal(ends, begins) ^ what)):
+                    ptx.stg_relaxed(at + 8 * i, x)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def judge(self, workspace: Int64, most_workers: Int32, sPlan: Int32, settled, span: Int32):
+        """Tells the blocks behind about this one's segment and finds out about those before: (whether it has to run
+        again, because it or one before began with another state than its predecessor came to; whether the state handed
+        on is not needed)."""
+        lane, own, worker = cute.arch.lane_idx(), cute.arch.block_idx()[0], self.worker()[0]
+        cute.arch.mbarrier_wait(settled, 0)
+        guessed = ptx.lds_i32(sPlan + AT_GUESSED)
+        what = Int64(EXACT)
+        if guessed != 0:
+            what = Int64(GUESSED)
+        self.tell(workspace, most_workers, sPlan, what, worker, span // SPAN + 1)
+        end, wrong, before = self.blocks * (worker + 1), Int32(0), Int64(0)
+        for nth in cutlass.range(self.blocks * (span % SPAN), end, 32, unroll=1):
+            other = nth + lane
+            ends, begins, kind = Int64(0), self.noted(sPlan, 1), what
+            if (other < end) & (other != own):
+                at = self.told(workspace, most_workers, own, other)
+                kind = Int64(0)
+                while (kind != GUESSED) & (kind != EXACT):
+                    ends, begins = ptx.ldg_relaxed(at), ptx.ldg_relaxed(at + 8)
+                    kind = self.seal(ends, begins) ^ ptx.ldg_relaxed(at + 16)
+                for i in cutlass.range_constexpr(3):
+                    ptx.stg_relaxed(at + 8 * i, Int64(0))
+            cute.arch.sync_warp()
+            # of the worker before this lane's: in the lane, or in the 32 before
+            rotated = ptx.shuffle(ends, (lane + 32 - self.blocks) % 32)
+            came_to = rotated
+            if lane < self.blocks:
+                came_to = before
+            before = rotated
+            exact = cute.arch.vote_ballot_sync((other < end) & (kind == EXACT))
+            bad = cute.arch.vote_ballot_sync((other < end) & (kind == GUESSED) & (begins != came_to))
+            if (exact | bad) != 0:
+                wrong = Int32(Uint32(bad) > Uint32(exact))  # of these the last one is not exact
+        return wrong & guessed, guessed & (wrong ^ 1)
 
     def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
         """Each column of accumulators, a token or a channel, times its number in the table at `at`."""

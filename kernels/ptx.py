@@ -8,12 +8,16 @@ memory. Lane l of a warp has row = l // 4 and column pair = 2 * (l % 4); a 16 x 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
+
+_random = random.Random(0)
+_FACTORS = [_random.getrandbits(32) | 1 for _ in range(64)]
 
 F4 = tuple[Float32, Float32, Float32, Float32]
 U4 = tuple[Uint32, Uint32, Uint32, Uint32]
@@ -209,6 +213,35 @@ def stg_f32x4(at: Int64, x: F4, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def hash_of(x: Sequence, *, loc=None, ip=None) -> tuple[Int32, Int32]:
+    """64 bits of the bits of all x of all lanes of a warp. Of different bits in one lane it is always different."""
+    h = Int64(0)
+    for value, factor in zip(x, _FACTORS, strict=True):
+        text = f"{{ .reg .b32 t; mov.b32 t, $1; mad.wide.u32 $0, t, {factor}, $2; }}"
+        h = _asm(text, [Int64], [value, h], "=l,f,l", False, loc, ip)
+    # one to one, and another function of h in each thread: a finalizer of MurmurHash3's kind
+    text = (
+        "{ .reg .b64 h, t; .reg .b32 n; mov.u32 n, %tid.x; mad.wide.u32 h, n, 0x9e3779b1, $2; "
+        "shr.u64 t, h, 33; xor.b64 h, h, t; mul.lo.u64 h, h, 0xff51afd7ed558ccd; "
+        "shr.u64 t, h, 33; xor.b64 h, h, t; mul.lo.u64 h, h, 0xc4ceb9fe1a85ec53; "
+        "shr.u64 t, h, 33; xor.b64 h, h, t; mov.b64 {$0, $1}, h; "
+        "redux.sync.add.s32 $0, $0, 0xffffffff; redux.sync.add.s32 $1, $1, 0xffffffff; }"
+    )
+    return _asm(text, [Int32] * 2, [h], "=r,=r,l", True, loc, ip)
+
+
+@dsl_user_op
+def all_of(condition: Boolean, barrier: Int32, *, loc=None, ip=None) -> Boolean:
+    """Whether it holds for all 128 threads that meet at a named barrier."""
+    x = _asm(
+        "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; barrier.cta.red.and.pred q, $2, 128, p; selp.b32 $0, 1, 0, q; "
+        "redux.sync.max.s32 $0, $0, 0xffffffff; }",
+        [Int32], [Int32(condition), barrier], "=r,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
+    return x != 0
+
+
+@dsl_user_op
 def ldg_acquire(at: Int64, *, loc=None, ip=None) -> Int64:
     return _asm("ld.acquire.gpu.global.b64 $0, [$1];", [Int64], [at], "=l,l,~{memory}", True, loc, ip)
 
@@ -216,6 +249,23 @@ def ldg_acquire(at: Int64, *, loc=None, ip=None) -> Int64:
 @dsl_user_op
 def stg_release(at: Int64, x: Int64, *, loc=None, ip=None) -> None:
     _asm("st.release.gpu.global.b64 [$0], $1;", [], [at, x], "l,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def exchange(at: Int64, x: Int64, *, loc=None, ip=None) -> Int64:
+    """What was there; acquire and release."""
+    return _asm("atom.acq_rel.gpu.global.exch.b64 $0, [$1], $2;", [Int64], [at, x], "=l,l,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def ldg_relaxed(at: Int64, *, loc=None, ip=None) -> Int64:
+    return _asm("ld.relaxed.gpu.global.b64 $0, [$1];", [Int64], [at], "=l,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def stg_relaxed(at: Int64, x: Int64, *, loc=None, ip=None) -> None:
+    """For a word that says nothing of other memory: it need not wait for what was written before."""
+    _asm("st.relaxed.gpu.global.b64 [$0], $1;", [], [at, x], "l,l,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
@@ -270,6 +320,27 @@ def lds_i32x4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32
 def uniform(x: Int32, *, loc=None, ip=None) -> Int32:
     """x, the same in all lanes of a warp, in a uniform register."""
     return _asm("redux.sync.max.s32 $0, $1, 0xffffffff;", [Int32], [x], "=r,r", True, loc, ip)
+
+
+@dsl_user_op
+def shuffle(x: Int64, lane: Int32, *, loc=None, ip=None) -> Int64:
+    """x of another lane."""
+    return _asm(
+        "{ .reg .b32 a, b; mov.b64 {a, b}, $1; shfl.sync.idx.b32 a, a, $2, 31, 0xffffffff; "
+        "shfl.sync.idx.b32 b, b, $2, 31, 0xffffffff; mov.b64 $0, {a, b}; }",
+        [Int64], [x, lane], "=l,l,r", True, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def pair(lo: Int32, hi: Int32, *, loc=None, ip=None) -> Int64:
+    return _asm("mov.b64 $0, {$1, $2};", [Int64], [lo, hi], "=l,r,r", False, loc, ip)
+
+
+@dsl_user_op
+def sum(x: Int32, *, loc=None, ip=None) -> Int32:  # noqa: A001
+    """Over the lanes of a warp."""
+    return _asm("redux.sync.add.s32 $0, $1, 0xffffffff;", [Int32], [x], "=r,r", True, loc, ip)
 
 
 @dsl_user_op

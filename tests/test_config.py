@@ -7,12 +7,17 @@ from typing import Literal
 import pytest
 
 from kda_cute.kernels.config import (
-    FLAGS_BYTES,
+    ITEM_COST,
     LISTED,
     MAX_SMEM_BYTES,
+    MAX_WARM,
+    MIN_PART,
+    STATE_BYTES,
     KdaFwdConfig,
     all_configs,
+    part,
     v_split,
+    words_bytes,
     workspace_bytes,
 )
 
@@ -47,21 +52,47 @@ def test_the_length_decides_nothing_if_all_are_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("N", "H", "packed", "split", "needed"),
+    ("T", "N", "H", "packed", "split", "needed"),
     [
-        (1, 132, False, 1, False),  # a block for each
-        (1, 133, False, 1, True),
-        (1, 66, False, 2, False),
-        (1, 67, False, 2, True),
-        (LISTED, 96, True, 1, True),
-        (LISTED + 1, 96, True, 1, False),
-        (LISTED + 1, 96, False, 1, True),  # all have the same length
+        (192, 1, 132, False, 1, False),  # a block for each, and too short for segments
+        (193, 1, 132, False, 1, True),
+        (192, 1, 133, False, 1, True),
+        (192, 1, 66, False, 2, False),
+        (192, 1, 67, False, 2, True),
+        (8192, 1, 1, False, 2, True),
+        (200, LISTED, 96, True, 1, True),
+        (8192, LISTED + 1, 96, True, 1, False),
+        (200, LISTED + 1, 96, False, 1, True),  # all have the same length
     ],
 )
-def test_workspace(N: int, H: int, packed: bool, split: Literal[1, 2], needed: bool) -> None:
-    size = workspace_bytes(N, H, packed, split, SMS)
-    assert size == (FLAGS_BYTES + SMS * 128 * 128 * 4 // split if needed else 0)
-    assert SMS * 2 // split * 8 <= FLAGS_BYTES
+def test_workspace(T: int, N: int, H: int, packed: bool, split: Literal[1, 2], needed: bool) -> None:
+    size = workspace_bytes(T, N, H, packed, split, SMS)
+    states = SMS * 2 // split * STATE_BYTES
+    assert size == (words_bytes(SMS // split, split) + states if needed else 0)
+    assert words_bytes(SMS // split, split) >= 8 * (2 * SMS // split + 3 * SMS * SMS)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "H", "workers", "expected"),
+    [
+        ((8192,), 96, 66, (377, 0)),  # parts are longer than items
+        ((8192,), 64, 66, (259, 0)),  # an item for each; cutting it would save 3 %
+        ((8192,), 16, 66, (63, 1)),
+        ((8192,), 16, 132, (32, 1)),
+        ((65536,), 16, 66, (498, 15)),
+        ((1 << 20,), 8, 66, (3973, MAX_WARM)),
+        ((2048,), 12, 132, (MIN_PART, 1)),
+        ((200,), 1, 66, (MIN_PART, 1)),
+        ((128,), 1, 66, (7, 0)),  # shorter than a part must be
+        ((60_000, *range(20, 400, 8)), 8, 132, (143, 4)),  # a long sequence beside short ones
+    ],
+)
+def test_part(lengths: tuple[int, ...], H: int, workers: int, expected: tuple[int, int]) -> None:
+    units = [-(-length // 32) + ITEM_COST for length in lengths]
+    total = H * sum(units)
+    length, warm = part(total, max(units), workers)
+    assert (length, warm) == expected
+    assert length * workers >= total and (warm > 0 or length >= max(units))
 
 
 def test_names_are_unique_and_rings_fit() -> None:

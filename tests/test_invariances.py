@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kda_cute.ops import chunk_kda
+from kda_cute.ops import chunk_kda, chunk_kda_summary
 from tests.strategies import Case, cases, make
 
 TOKENWISE = ("q", "k", "v", "g", "beta")
@@ -44,6 +44,34 @@ def test_split_and_carry_the_state(case: Case, where: float) -> None:
     o2, S2 = run(kwargs, **second, initial_state=S1)
     close(torch.cat((o1, o2), 1), o)
     close(S2, S)
+
+
+def summary(kwargs: dict[str, Any], **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    unused = ("q", "scale", "initial_state", "output_final_state", "out", "final_state")
+    return chunk_kda_summary(**{name: x for name, x in {**kwargs, **changes}.items() if name not in unused})
+
+
+@given(case=cases(served=False, max_tokens=100, max_heads=2))
+def test_summary(case: Case) -> None:
+    """The final state is the map applied to the initial one."""
+    case = replace(case, dtype="fp64", initial_state="fp32")
+    kwargs = make(case).kwargs
+    _, S = run(kwargs)
+    M, C = summary(kwargs)
+    S0 = kwargs["initial_state"].double()
+    close(S0 @ M + C if case.state_v_first else M @ S0 + C, S)
+
+
+@given(case=cases(served=False, max_tokens=100, max_heads=2), where=st.floats(0, 1))
+def test_summaries_compose(case: Case, where: float) -> None:
+    case = replace(case, dtype="fp64", cu_seqlens=None, lengths=case.lengths[:1] * 2, tail=0, state_v_first=True)
+    kwargs = make(case).kwargs
+    cut = round(where * case.T)
+    M1, C1 = summary(kwargs, **{name: kwargs[name][:, :cut] for name in TOKENWISE})
+    M2, C2 = summary(kwargs, **{name: kwargs[name][:, cut:] for name in TOKENWISE})
+    M, C = summary(kwargs)
+    close(M1 @ M2, M)
+    close(C1 @ M2 + C2, C)
 
 
 @given(case=varlen_cases, data=st.data())

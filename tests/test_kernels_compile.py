@@ -7,7 +7,7 @@ import pytest
 from kda_cute import cubin, jit
 from kda_cute.kernels.config import MAX_SMEM_BYTES, all_configs
 
-SPILLS = 20
+SPILLED = 10  # registers
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +34,9 @@ configs = pytest.mark.parametrize("config", all_configs(), ids=lambda config: co
 @configs
 def test_registers_suffice(config, kernels):
     """ptxas spills a few registers that are needed once a chunk or a work item, other ones in each version: up to
-    SPILLS such instructions. Short of registers in earnest, it waits after each WGMMA; the source has four waits."""
+    SPILLED of a lane. Short of registers in earnest, it waits after each WGMMA; the source has four waits."""
     for kernel in kernels(config)[0]:
-        assert kernel.spills <= SPILLS, kernel
+        assert kernel.stack <= 4 * SPILLED, kernel
         assert sum(n for name, n in kernel.opcodes.items() if name.startswith("WARPGROUP.DEPBAR")) == 4, kernel
 
 

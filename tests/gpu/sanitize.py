@@ -1,8 +1,8 @@
 """What `make sanitize` runs under compute-sanitizer: every configuration on the shapes where kernels go wrong.
 
-Chunks that are full, partial and absent, more sequences than stages, items that go on in another block, every state
-layout and dtype. Small: racecheck slows a kernel down a thousandfold. Prints one line a call, and fails when a
-result is wrong.
+Chunks that are full, partial and absent, more sequences than stages, items that go on in another block, segments that
+run at the same time (that forget, that do not, that have to run again), every state layout and dtype. Small: racecheck
+slows a kernel down a thousandfold. Prints one line a call, and fails when a result is wrong.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ BOUND = 6e-3
 
 
 def call(
-    g_dtype: torch.dtype, in_kernel: bool, neg_eigval: bool, varlen: bool, state_dtype: torch.dtype, state_v_first: bool
-) -> float:
-    B, T = (1, sum(LENGTHS) + 5) if varlen else (2, 70)
+    g_dtype: torch.dtype, in_kernel: bool, neg_eigval: bool, varlen: bool, state_dtype: torch.dtype,
+    state_v_first: bool, decay: str,
+) -> float:  # fmt: skip
+    B, T = (1, sum(LENGTHS) + 5) if varlen else (2, 270)
     N = len(LENGTHS) if varlen else B
     cuda = {"device": "cuda"}
     q, k, v = (torch.randn(B, T, H, D, **cuda).bfloat16() for _ in range(3))
     beta = torch.randn(B, T, H, **cuda).to(g_dtype)
     g = torch.randn(B, T, H, D, **cuda)
-    g = (g if in_kernel else g.sigmoid() * -5).to(g_dtype)
-    state = torch.randn(N, H, D, D, **cuda).to(state_dtype)
+    g = (g - 9 * (decay == "weak") if in_kernel else g.sigmoid() * (-0.01 if decay == "weak" else -5)).to(g_dtype)
+    state = (torch.randn(N, H, D, D, **cuda) * (1e30 if decay == "huge state" else 1)).to(state_dtype)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)], **cuda) if varlen else None
     arguments = dict(
         initial_state=state, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=neg_eigval,
@@ -56,13 +57,15 @@ def main() -> None:
     cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder
     for i, (split, g_dtype, in_kernel, neg_eigval, varlen) in enumerate(cases):
         sm90.v_split = lambda *_, split=split: split
-        sm90._sm_count = lambda _, varlen=varlen: 4 if varlen else 132  # so few that items are cut
+        # so few that items are cut, so many that they are segments
+        sm90._sm_count = lambda _, few=varlen: 4 if few else 132
         ops._known.clear()
         state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
-        error = call(g_dtype, in_kernel, neg_eigval, varlen, state_dtype, state_v_first)
+        decay = "strong" if varlen else ("strong", "weak", "huge state")[i % 3]
+        error = call(g_dtype, in_kernel, neg_eigval, varlen, state_dtype, state_v_first, decay)
         print(
-            f"{split=} {g_dtype=} {in_kernel=} {neg_eigval=} {varlen=} {state_dtype=} {state_v_first=} "
-            f"error {error:.1e}", flush=True,
+            f"{split=} {g_dtype=} {in_kernel=} {neg_eigval=} {varlen=} {decay=} {state_dtype=} "
+            f"{state_v_first=} error {error:.1e}", flush=True,
         )  # fmt: skip
         assert error < BOUND
 

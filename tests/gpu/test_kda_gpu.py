@@ -6,9 +6,10 @@ KDA_CUTE_GPU_EXAMPLES sets the number of random calls (2000).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 from hypothesis import given, settings
 
 from kda_cute import contract, ops
-from kda_cute.ops import chunk_kda, fwd
+from kda_cute.kernels.config import ITEM_COST, part
+from kda_cute.ops import chunk_kda, chunk_kda_summary, fwd
 from kda_cute.reference import chunked, recurrence
 from tests.gpu.oracle import BOUND, check_o, check_state, relative_error, truth
 from tests.strategies import DTYPES, Call, Case, Guarded, cases, make
@@ -31,14 +33,14 @@ BOTH = pytest.mark.parametrize("case", [VARLEN, FIXED, LOG], ids=["varlen", "fix
 
 
 @pytest.fixture(scope="module", autouse=True, params=[1, 2], ids=["v_split=1", "v_split=2"])
-def v_split(request: pytest.FixtureRequest) -> Iterator[None]:
+def split_of(request: pytest.FixtureRequest) -> Iterator[int]:
     """Each test with a head in one block and with one in two, whatever the heuristic would take."""
     from kda_cute import sm90
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sm90, "v_split", lambda *_: request.param)
         m.setattr(ops, "_known", {})
-        yield
+        yield request.param
 
 
 @contextlib.contextmanager
@@ -50,6 +52,17 @@ def multiprocessors(count: int) -> Iterator[None]:
         if count:
             m.setattr(sm90, "_sm_count", lambda _: count)
             m.setattr(ops, "_known", {})
+        yield
+
+
+@contextlib.contextmanager
+def uncut() -> Iterator[None]:
+    """Each sequence and head goes from its begin to its end in one block."""
+    from kda_cute import sm90
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sm90, "workspace_bytes", lambda *_: 0)
+        m.setattr(ops, "_known", {})
         yield
 
 
@@ -164,12 +177,12 @@ def test_more_sequences_than_a_grid_is_high() -> None:
 # ---- accuracy: the figures that the project promises
 
 
-@pytest.mark.parametrize("state", [False, True], ids=["no-state", "state"])
-@pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("gates, bound", [("strong", 4.2e-3), ("weak", 5.0e-3), ("mixed", 5.0e-3)])
-def test_accuracy(gates: str, bound: float, g_dtype: str, state: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """T = 2048, H = 4, against the fp64 recurrence. strong: g, A_log, dt_bias of FlashKDA's benchmark."""
-    T, H, D = 2048, 4, 128
+GATES = pytest.mark.parametrize("gates, bound", [("strong", 4.2e-3), ("weak", 5.0e-3), ("mixed", 5.0e-3)])
+
+
+def errors(T: int, H: int, gates: str, g_dtype: str, state: bool, reference: Callable[..., Any]) -> tuple[float, float]:
+    """Of o and the final state. strong: g, A_log, dt_bias of FlashKDA's benchmark."""
+    D = 128
     generator = torch.Generator(DEVICE).manual_seed(19)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -188,12 +201,31 @@ def test_accuracy(gates: str, bound: float, g_dtype: str, state: bool, capsys: p
         state_v_first=True, initial_state=randn(1, H, D, D) if state else None, output_final_state=True,
     )  # fmt: skip
     o, S = chunk_kda(**kwargs)
-    o_ref, S_ref = recurrence(**kwargs)
+    o_ref, S_ref = reference(**kwargs)
     assert S is not None and S_ref is not None
-    error = relative_error(o, o_ref), relative_error(S, S_ref)
+    return relative_error(o, o_ref), relative_error(S, S_ref)
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["no-state", "state"])
+@pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
+@GATES
+def test_accuracy(gates: str, bound: float, g_dtype: str, state: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """T = 2048, H = 4, against the fp64 recurrence."""
+    error = errors(2048, 4, gates, g_dtype, state, recurrence)
     with capsys.disabled():
         setting = f"{gates} gates, g {g_dtype}, {'with' if state else 'no'} initial state"
         print(f"\n  {setting}: o {error[0]:.2e}, final state {error[1]:.2e}, at most {bound:.1e}", end="")
+    assert max(error) <= bound
+
+
+@GATES
+def test_accuracy_of_a_long_sequence(gates: str, bound: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """T = 65536, H = 2, against the chunked recurrence in fp64."""
+    error = errors(65536, 2, gates, "bf16", True, functools.partial(chunked, dtype=torch.float64))
+    with capsys.disabled():
+        print(
+            f"\n  {gates} gates, T = 65536: o {error[0]:.2e}, final state {error[1]:.2e}, at most {bound:.1e}", end=""
+        )
     assert max(error) <= bound
 
 
@@ -207,11 +239,54 @@ def test_cuts_change_no_bit(g_dtype: str, lengths: tuple[int, ...], count: int) 
     """An item goes on in another block with the state that it had in fp32."""
     cu_seqlens = "int32" if len(set(lengths)) > 1 else None
     call = make(Case(23, lengths, cu_seqlens, H=7, g_dtype=g_dtype, initial_state="fp32", final_state="new"), DEVICE)
-    with multiprocessors(1000):
+    with uncut():
         o_whole, S_whole = run(call)
     with multiprocessors(count):
         o, S = run(call)
     assert torch.equal(o, o_whole) and torch.equal(S, S_whole)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int16 if x.dtype is torch.bfloat16 else torch.int32)
+
+
+@pytest.mark.parametrize("count", [0, 24])
+@pytest.mark.parametrize("lengths", [(3000,), (1500, 33, 0, 2500)], ids=["one", "four"])
+@pytest.mark.parametrize("inputs", ["strong", "edge", "weak", "mixed", "turning", "poisoned", "huge", "silent"])
+def test_segments_change_no_bit(inputs: str, lengths: tuple[int, ...], count: int, split_of: int) -> None:
+    """Whether segments begin without the state before them, wait for it, or begin wrongly and run again: edge forgets
+    just enough for a guess, which is right in some segments and wrong in others; turning is weak in one head and now
+    weak, now strong in another; poisoned has a NaN and an infinity that what comes later would forget; huge an initial
+    state and values that it forgets late; silent has no values, so that states come to zero, and stay."""
+    H, sms = 3, count or torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    units = [-(-length // 32) + ITEM_COST for length in lengths]
+    assert part(H * sum(units), max(units), sms // split_of)[1] > 0, "no segments"
+    decay = inputs if inputs in ("weak", "mixed") else "strong"
+    cu_seqlens = "int64" if len(lengths) > 1 else None
+    case = Case(27, lengths, cu_seqlens, H=H, decay=decay, initial_state="fp32", final_state="new")
+    call = make(case, DEVICE)
+    x = call.tensors
+    if inputs == "edge":
+        x["A_log"][:], x["dt_bias"][:] = 0, -1.285  # 2^-50 in 32 tokens, in every channel
+        x["g"][:] = 0
+    elif inputs == "turning":
+        x["A_log"][:] = 0
+        x["g"][:, :, 0] -= 12
+        x["g"][:, 700:1400, 1] -= 12
+    elif inputs == "poisoned":
+        x["v"][0, 1000, :, 5] = math.nan
+        x["initial_state"][0, :, :, 9] = math.inf
+    elif inputs == "huge":
+        x["v"][0, 1000:1030] *= 1e30
+        x["initial_state"] *= 1e30
+    elif inputs == "silent":
+        x["v"][:] = 0
+    with uncut():
+        o_whole, S_whole = run(call)
+    for _ in range(10):
+        with multiprocessors(count):
+            o, S = run(call)
+        assert torch.equal(bits(o), bits(o_whole)) and torch.equal(bits(S), bits(S_whole))
 
 
 @BOTH
@@ -300,6 +375,20 @@ def test_order_of_sequences_does_not_matter() -> None:
         cu_seqlens=torch.tensor(permuted.cuts, device=DEVICE),
     )
     assert torch.equal(o_permuted, o[:, tokens]) and torch.equal(S_permuted, S[order])
+
+
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("decay", ["strong", "weak", "mixed"])
+def test_summary(decay: str, state_v_first: bool) -> None:
+    """The map applied to the initial state is the final state, which another GPU would begin with."""
+    case = Case(28, (1700,), H=3, decay=decay, initial_state="fp32", final_state="new", state_v_first=state_v_first)
+    call = make(case, DEVICE)
+    unused = ("q", "scale", "initial_state", "output_final_state")
+    M, C = chunk_kda_summary(**{name: x for name, x in call.kwargs.items() if name not in unused})
+    S0 = call.tensors["initial_state"].double()
+    S = (S0 @ M.double() if state_v_first else M.double() @ S0) + C
+    _, expected = chunked(**call.oracle_kwargs)
+    assert expected is not None and relative_error(S, expected) <= BOUND
 
 
 def test_fwd_is_chunk_kda() -> None:
