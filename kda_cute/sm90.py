@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -15,9 +17,13 @@ from .kernels.config import (
     FINAL_BF16,
     INITIAL_BF16,
     L2NORM,
+    MAPS_BUILT,
     NEG_EIGVAL,
     STATE_V_FIRST,
+    KdaBuildConfig,
     KdaFwdConfig,
+    builds_maps,
+    maps_bytes,
     v_split,
     workspace_bytes,
 )
@@ -70,15 +76,16 @@ def prepare(
     B, T, H, _ = g.shape
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     split = v_split(B * T, n, H, sms)
-    room = workspace_bytes(B * T if cu_seqlens is not None else T, n, H, cu_seqlens is not None, split, sms)
-    kernel = jit.load(
-        KdaFwdConfig(
-            "bf16" if g.dtype is torch.bfloat16 else "fp32",
-            "safe" if use_gate_in_kernel else "log",
-            split,
-            allow_neg_eigval,
-        )
-    )
+    packed = cu_seqlens is not None
+    longest = B * T if packed else T
+    room = workspace_bytes(longest, n, H, packed, split, sms)
+    g_dtype: Literal["bf16", "fp32"] = "bf16" if g.dtype is torch.bfloat16 else "fp32"
+    gate: Literal["safe", "log"] = "safe" if use_gate_in_kernel else "log"
+    build = None
+    if room and builds_maps(longest, H, n, packed, split, sms):
+        build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval))
+        room += maps_bytes(sms)
+    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval))
     flags = (
         L2NORM * use_qk_l2norm_in_kernel
         | BETA_SIGMOID * use_beta_sigmoid_in_kernel
@@ -88,6 +95,7 @@ def prepare(
         | INITIAL_BF16 * (initial_state is not None and initial_state.dtype is torch.bfloat16)
         | FINAL_BF16 * (final_state is not None and final_state.dtype is torch.bfloat16)
         | CU_INT64 * (cu_seqlens is not None and cu_seqlens.dtype is torch.int64)
+        | MAPS_BUILT * (build is not None)
     )
     numbers = (n, scale, lower_bound or 0.0, flags, sms)
 
@@ -115,11 +123,10 @@ def prepare(
         workspace = _workspace(device, room) if room else None
         handed = 0 if workspace is None else workspace.data_ptr()
         arguments = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, cuts, handed, *numbers)
-        if device == torch.cuda.current_device():
+        with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+            if build is not None:
+                build(k, v, g, arguments[5], a_log, bias, initial, cuts, handed, n, lower_bound or 0.0, flags, sms)
             kernel(*arguments)
-        else:
-            with torch.cuda.device(device):
-                kernel(*arguments)
         return True
 
     return launch

@@ -10,8 +10,8 @@ MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
 
 # Flags that cost nothing at run time, so that they cost no binary: bits of the kernel's argument `flags`.
-L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_BF16, CU_INT64 = (
-    1 << i for i in range(8)
+L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_BF16, CU_INT64, MAPS_BUILT = (
+    1 << i for i in range(9)
 )
 
 
@@ -55,6 +55,26 @@ class KdaFwdConfig:
         return (5 if bf16 else 4) if self.v_split == 1 else (6 if bf16 else 5)
 
 
+@dataclass(frozen=True)
+class KdaBuildConfig:
+    """The kernels that find the states that segments begin with where gates are too weak to forget: of what a segment
+    does to a state, S -> S M + C, M and C, and the states that follow. Fields as in KdaFwdConfig."""
+
+    g_dtype: Literal["bf16", "fp32"] = "bf16"
+    gate: Literal["safe", "log"] = "safe"
+    neg_eigval: bool = False
+    v_split: Literal[2] = 2  # two blocks prepare chunks for one another, as there
+
+    @property
+    def name(self) -> str:
+        return f"kda_build_g{self.g_dtype}_{self.gate}" + "_neg" * self.neg_eigval
+
+    @property
+    def stages(self) -> int:
+        """Of 24 KiB each, 8 more with an fp32 gate."""
+        return 8 if self.g_dtype == "bf16" else 6
+
+
 def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     """Whether two blocks share a head, for N sequences of T tokens in all (the single ones are not known on the host),
     H heads and a GPU with `sms` multiprocessors: what takes less time if all sequences are equally long.
@@ -67,6 +87,8 @@ def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     def us(split: Literal[1, 2]) -> float:
         return max(N * H * split / sms, 1) * CHUNK_US[split]
 
+    if builds_maps(T // max(N, 1), H, N, False, 1, sms):
+        return 1
     return 2 if us(2) < us(1) else 1
 
 
@@ -107,8 +129,33 @@ def workspace_bytes(T: int, N: int, H: int, packed: bool, split: Literal[1, 2], 
     return words_bytes(workers, split) + 2 * workers * STATE_BYTES
 
 
-def all_configs() -> list[KdaFwdConfig]:
-    return [
+def maps_at(workers: Any, blocks: Any) -> Any:
+    """Where in a workspace the maps of segments begin: C, where later the state behind the segment is, and M, two slices each,
+    of each worker; behind them a word for each, whether its segment begins with such a state."""
+    return words_bytes(workers, blocks) + 2 * workers * STATE_BYTES
+
+
+def maps_bytes(workers: Any) -> Any:
+    return workers * (4 * STATE_BYTES + 4)
+
+
+def builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], sms: int) -> bool:
+    """Whether maps of segments are worth building where gates are weak: it costs more than a pass, shared by all."""
+    if split == 2 or (packed and N > LISTED):
+        return False
+    longest = -(-T // 32) + ITEM_COST
+    even = -(-(longest * H * (1 if packed else N) + packed * N * H * ITEM_COST) // sms)
+    return part(even * sms, longest, sms)[1] > 0 and 7 * max(even, MIN_PART) < 2 * longest
+
+
+def all_configs() -> list[KdaFwdConfig | KdaBuildConfig]:
+    build = [
+        KdaBuildConfig(g_dtype, gate, neg_eigval)
+        for neg_eigval in (False, True)
+        for gate in ("safe", "log")
+        for g_dtype in ("bf16", "fp32")
+    ]
+    return build + [
         KdaFwdConfig(g_dtype, gate, split, neg_eigval)
         for neg_eigval in (False, True)
         for gate in ("safe", "log")

@@ -177,6 +177,16 @@ def ldg_u32(at: Int64, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
+def ldg_i32(at: Int64, *, loc=None, ip=None) -> Int32:
+    return _asm("ld.global.b32 $0, [$1];", [Int32], [at], "=r,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def stg_i32(at: Int64, x: Int32, *, loc=None, ip=None) -> None:
+    _asm("st.global.b32 [$0], $1;", [], [at, x], "l,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def ldg_pair(at: Int64, stride: int, size: int, *, loc=None, ip=None) -> tuple[Float32, Float32]:
     """Two elements from global memory, fp32 (size 4) or bf16 (2), `stride` bytes apart."""
     if stride == size == 4:

@@ -1,0 +1,487 @@
+"""The states that segments begin with, where nothing is forgotten: maps of segments, then what they give.
+
+What the chunks of a segment do to a state is S -> S M + C. M is what they make of the identity without values, C what
+they make of no state. `build` finds both, in one pass over the chunks: a cluster of two blocks, each with 64 rows of M
+and 64 of C, which prepare every other chunk for both, as in the forward kernel with two blocks for a head. `chain` then
+goes from segment to segment, S_i = S_(i-1) M_(i-1) + C_(i-1), in fp32. A segment whose gates forget what came before
+guesses (see fwd_sm90): for those nothing is built.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
+from cutlass.memory import SmemAllocator
+
+from . import ptx
+from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
+from .fwd_sm90 import (
+    AT_BEGIN,
+    AT_END,
+    AT_LENGTH,
+    AT_WARM,
+    BOX,
+    COMPARED,
+    DECAY,
+    FORGOTTEN,
+    NORM,
+    PLAN,
+    SEGMENT,
+    SIGMOID_BITS,
+    SPAN,
+    STATE_BAR,
+    SYSTEM,
+    SYSTEMS,
+    TABLES,
+    C,
+    D,
+    KdaFwdSm90,
+    fake_tensor,
+)
+
+ROWS = 16  # of the state, in a block of `chain`
+
+
+class KdaBuildSm90(KdaFwdSm90):
+    def __init__(self, config: KdaBuildConfig):
+        super().__init__(config)  # type: ignore[arg-type]
+        self.queries = False
+        self.k_half = BOX
+        self.at_g = 2 * BOX
+        self.at_t = self.at_g + 2 * self.kr_half
+        self.at_m = self.at_t + C * C * 2
+        self.at_v = self.at_m + C * C * 2
+        self.stage_bytes = self.at_v + BOX
+        self.sent_bytes = self.at_m
+        self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
+        self.threads = 512
+        self.regs_load, self.regs_prepare, self.regs_state = 64, 128, 160
+
+    @cute.jit
+    def __call__(
+        self,
+        mK: cute.Tensor,  # [B, T, H, K]
+        mV: cute.Tensor,
+        mG: cute.Tensor,
+        beta: Int64,  # addresses, as in KdaFwdSm90
+        A_log: Int64,
+        dt_bias: Int64,
+        initial_state: Int64,
+        cu_seqlens: Int64,
+        workspace: Int64,
+        N: Int32,
+        lower_bound: Float32,
+        flags: Int32,
+        workers: Int32,
+        stream: cuda.CUstream,
+    ):
+        box = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, BFloat16), (C, 64), (0, 1))
+        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.g_type)
+        g_box = cute.tile_to_shape(g_atom, (C, D // self.g_boxes), (0, 1))
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        mK, mV, mG = [
+            cute.make_tensor(m.iterator, cute.select(m.layout, mode=[1, 3, 2, 0])) for m in (mK, mV, mG)
+        ]  # [B, T, H, D] -> (T, D, H, B)
+        k_tma, v_tma = [cpasync.make_tiled_tma_atom(load, m, box, (C, 64)) for m in (mK, mV)]
+        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.g_boxes))
+
+        def mma(n, b_major):
+            op = warpgroup.MmaF16BF16Op(
+                BFloat16, Float32, (64, n, 16), OperandSource.RMEM, OperandMajorMode.K, b_major
+            )  # fmt: skip
+            return cute.make_tiled_mma(op)
+
+        items = N * cute.size(mG.shape[2])
+        self.build(
+            k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], mG, beta, A_log, dt_bias, cu_seqlens, workspace,
+            items, workers, lower_bound, flags, mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+        ).launch(
+            grid=[workers // 2 * 2, 1, 1], block=[self.threads, 1, 1], cluster=[2, 1, 1], stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
+        self.chain(
+            initial_state, cu_seqlens, workspace, items, cute.size(mG.shape[2]), cute.size(mG.shape[0]), workers, flags
+        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)
+
+    # ------------------------------------------------------------------ the maps
+
+    @cute.kernel
+    def build(
+        self,
+        k_tma: cute.CopyAtom, mK: cute.Tensor,
+        v_tma: cute.CopyAtom, mV: cute.Tensor,
+        g_tma: cute.CopyAtom, mG: cute.Tensor,
+        g: cute.Tensor,
+        beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32, workers: Int32,
+        lower_bound: Float32, flags: Int32, mma_k: cute.TiledMma, mma_s: cute.TiledMma,
+    ):  # fmt: skip
+        S = self.stages
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        smem = SmemAllocator()
+
+        def table(size, align=128):
+            return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
+
+        ring = table(self.stage_bytes * S, 1024)
+        sTables = table(TABLES * S).toint()
+        sSystems = table(SYSTEM * SYSTEMS).toint()
+        sPlan = table(2 * PLAN).toint()
+        sList = table(5 * 32).toint()
+        sBias = table(256 * 2 * self.pairs).toint()
+        bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
+        raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
+        a_full, a_empty, left = bars + 5 * S, bars + 5 * S + SYSTEMS, bars + 5 * S + 2 * SYSTEMS
+        if warp == 0:
+            with cute.arch.elect_one():
+                for s in cutlass.range_constexpr(S):
+                    cute.arch.mbarrier_init(raw_full + s, 1)
+                    cute.arch.mbarrier_init(gated + s, 32)
+                    cute.arch.mbarrier_init(ready + s, 64)
+                    cute.arch.mbarrier_init(solved + s, 32)
+                    cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.own_stages else 0))
+                cute.arch.mbarrier_init(left, 8)
+                for i in cutlass.range_constexpr(SYSTEMS):
+                    cute.arch.mbarrier_init(a_full + i, 64)
+                    cute.arch.mbarrier_init(a_empty + i, 32)
+            cute.arch.mbarrier_init_fence()
+            for atom in (k_tma, v_tma, g_tma):
+                cpasync.prefetch_descriptor(atom)
+
+        H, T = cute.size(g.shape[2]), cute.size(g.shape[0])
+        first = cute.arch.block_idx()[0] // 2 * 2  # of this cluster's two workers
+        for i in cutlass.range_constexpr(2):
+            self.share(sPlan + i * PLAN, items, H, T, cu_seqlens, workspace, flags, first + i, workers)
+        cute.arch.sync_threads()
+        self.choose(
+            g, sPlan, sList, first, items, H, T, A_log, dt_bias, cu_seqlens, workspace, workers, lower_bound, flags
+        )
+        work = (sList, sList)
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(self.regs_load)
+            if warp == 0:
+                self.load_all(k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work)
+            elif warp == 1:
+                self.invert(
+                    ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
+                    beta, Float32(1.0), flags, H, T, work,
+                )  # fmt: skip
+            elif warp == 2:
+                self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
+            else:
+                self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
+        elif warp < 8:
+            cute.arch.setmaxregister_increase(self.regs_prepare)
+            self.prepare(
+                warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
+                A_log, dt_bias, lower_bound, work,
+            )  # fmt: skip
+        else:
+            cute.arch.setmaxregister_increase(self.regs_state)
+            self.maps(
+                (warp - 8) // 4, ring, sTables, raw_full, gated, ready, solved, empty, left, mma_k, mma_s, workspace,
+                workers, work,
+            )  # fmt: skip
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+    @cute.jit
+    def choose(
+        self, g: cute.Tensor, sPlan: Int32, sList: Int32, first: Int32, items: Int32, H: Int32, T: Int32, A_log: Int64,
+        dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, workers: Int32, lower_bound: Float32, flags: Int32,
+    ):  # fmt: skip
+        """Lists the pieces whose maps are needed, of the two workers of this cluster: those before a segment that cannot
+        guess, or before one that can but has such a one behind it, which begins with what it comes to. A warpgroup looks
+        at the gates before one such border."""
+        thread = cute.arch.thread_idx()[0]
+        wg, channel = thread // 128, thread % 128
+        plan, worker, nth = sPlan + wg // 2 * PLAN, first + wg // 2, wg % 2
+        weak, exists = Int32(0), Int32(0)
+        if ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END):
+            _, start, tokens, h, b, _, fate, span = self.find_piece(
+                ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
+            )
+            if (fate & COMPARED) != 0:
+                window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
+                edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
+                if worker + 1 + nth <= span // SPAN:
+                    exists = Int32(1)
+                    slope, bias, total = self.slope(A_log, h), Float32(-SIGMOID_BITS), Float32(0.0)
+                    if dt_bias != 0:
+                        bias = ptx.fma(slope, self.global_f32(dt_bias, Int64(h * D + channel)), bias)
+                    for t in cutlass.range(edge - window, edge, unroll=16):
+                        total += self.factor(Float32(g[t, channel, h, b]), slope, bias)
+                    total = total * self.log2_of_factor(lower_bound)
+                    forgets = ptx.all_of(total < math.log2(FORGOTTEN), STATE_BAR + wg)
+                    weak = Int32(1) - Int32(forgets)
+                if (channel == 0) & (nth == 0):
+                    at = sList + 32 * (2 + wg // 2)
+                    ptx.sts_i32x4(at, (start, tokens, h, b))
+                    ptx.sts_i32x4(at + 16, (worker, weak, weak, weak))
+        if channel == 0:
+            ptx.sts_i32(sList + 128 + 4 * wg, weak)
+            ptx.sts_i32(sList + 144 + 4 * wg, exists)
+        cute.arch.sync_threads()
+        if thread == 0:
+            count = Int32(0)
+            for i in cutlass.range_constexpr(2):
+                own, then = ptx.lds_i32(sList + 128 + 8 * i), ptx.lds_i32(sList + 132 + 8 * i)
+                if (ptx.lds_i32(sList + 144 + 8 * i) != 0) & (self.rank() == 0):
+                    ptx.stg_i32(self.map_word(workspace, workers, first + i + 1), own)
+                if (own | then) != 0:
+                    for j in cutlass.range_constexpr(2):
+                        numbers = ptx.lds_i32x4(sList + 32 * (2 + i) + 16 * j)
+                        ptx.sts_i32x4(sList + 32 * count + 16 * j, numbers)
+                    count += 1
+            ptx.sts_i32(sList + 128, count)
+        cute.arch.sync_threads()
+
+    def count(self, work) -> Int32:
+        return ptx.uniform(ptx.lds_i32(work[0] + 128))
+
+    @cute.jit
+    def piece(self, nth: Int32, work):
+        """(first token, tokens, head, batch, worker, ...)"""
+        at = work[0] + nth * 32
+        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
+        return tuple(ptx.uniform(x) for x in numbers)
+
+    @cute.jit
+    def load_all(self, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work):
+        """One warp: TMA of k, v, g for each own chunk."""
+
+        def boxes(offset, dtype, cols, count):
+            return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
+
+        bK = boxes(0, BFloat16, 64, 2)
+        bG = boxes(self.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
+        bV = boxes(self.at_v, BFloat16, 64, 1)
+        stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.rank()
+        for nth in cutlass.range(self.count(work), unroll=1):
+            start, tokens, h, b = self.piece(nth, work)[:4]
+            sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bK)
+            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
+            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
+            chunks = tokens // C
+            for c in cutlass.range(self.first_own(n, vs, 2) - n, chunks, 2, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                bar = raw_full + stage
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (3 + self.g_boxes) * BOX)
+                for i in cutlass.range_constexpr(self.g_boxes):
+                    cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
+                for i in cutlass.range_constexpr(2):
+                    cute.copy(k_tma, gK[None, c, i], sK_[None, i, stage], tma_bar_ptr=bar)
+                cute.copy(v_tma, gV[None, c, vs], sV_[None, 0, stage], tma_bar_ptr=bar)
+                stage += 1
+                if stage == self.own_stages:
+                    stage = Int32(0)
+                    phase ^= 1
+            n += chunks
+
+    @cute.jit
+    def maps(
+        self, wg: Int32, ring, sTables: Int32, raw_full, gated, ready, solved, empty, left,
+        mma_k: cute.TiledMma, mma_s: cute.TiledMma, workspace: Int64, workers: Int32, work,
+    ):  # fmt: skip
+        """A warpgroup for 64 rows of C, one for 64 of M: the recurrence of `state`, without o; for M without v."""
+        thread = cute.arch.thread_idx()[0] % 128
+        warp, lane = thread // 32, cute.arch.lane_idx()
+        col = lane % 4 * 2
+
+        def operand_a(mma, k):
+            return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
+
+        def operand_b(mma, t):
+            return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(t))
+
+        def fragment(mma, n):
+            return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
+
+        kind = SmemLayoutAtomKind
+        bK = operand_b(mma_k, self.staged(ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
+        sKr = self.staged(ring + self.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
+        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
+        bT = operand_b(mma_k, self.staged(ring + self.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        acc_s, acc_r, acc_u = fragment(mma_s, D), fragment(mma_k, C), fragment(mma_k, C)
+        fS, fU = operand_a(mma_k, D), operand_a(mma_k, C)
+        t_row = (lane % 8 + lane // 16 * 8) * 128
+        t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
+        has_v = Uint32(0) - Uint32(wg == 0)  # all bits or none
+        n, rank = Int32(0), self.rank()
+        for nth in cutlass.range(self.count(work), unroll=1):
+            _, tokens, _, _, worker = self.piece(nth, work)[:5]
+            row, channel = rank * 64 + warp * 16 + lane // 4, col
+            for i in cutlass.range_constexpr(64):
+                one = (wg == 1) & (row + i // 2 % 2 * 8 == channel + i // 4 * 8 + i % 2)
+                acc_s[i] = Float32(Int32(one))
+            for _ in cutlass.range(tokens // C, unroll=1):
+                stage, phase, is_own = self.stage_of(n)
+                prepared, inverted = ready + stage, solved + stage
+                if not is_own:
+                    prepared, inverted = raw_full + stage, gated + stage
+                cute.arch.mbarrier_wait(prepared, phase)
+                self.to_operand(acc_s, fS)
+                warpgroup.fence()
+                self.gemm(mma_k, acc_r, fS, bK[None, None, None, stage], True)
+                warpgroup.commit_group()
+                norm_at = sTables + stage * TABLES + NORM + col * 4
+                decay_at = sTables + stage * TABLES + DECAY + col * 4
+                cute.arch.mbarrier_wait(inverted, phase)
+                warpgroup.wait_group(0)
+                v_at = ring.toint() + self.at_v + stage * self.stage_bytes + t_row + t_col
+                v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
+                r = cute.make_rmem_tensor((C // 2,), Float32)
+                for n8 in cutlass.range_constexpr(C // 8):
+                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
+                    for half in cutlass.range_constexpr(2):
+                        w, e = v[2 * n8 + half] & has_v, 4 * n8 + 2 * half
+                        r[e] = ptx.fma(-acc_r[e], rk[0], ptx.bf16_lo(w))
+                        r[e + 1] = ptx.fma(-acc_r[e + 1], rk[1], ptx.bf16_hi(w))
+                if const_expr(self.config.neg_eigval):
+                    self.scale_columns(r, norm_at + 2 * C * 4)
+                self.to_operand(r, fU)
+                warpgroup.fence()
+                self.gemm(mma_k, acc_u, fU, bT[None, None, None, stage], True)
+                warpgroup.commit_group()
+                self.scale_columns(acc_s, decay_at)
+                warpgroup.wait_group(0)
+                if const_expr(self.config.neg_eigval):
+                    self.scale_columns(acc_u, norm_at)
+                self.to_operand(acc_u, fU)
+                warpgroup.fence()
+                self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
+                warpgroup.commit_group()
+                warpgroup.wait_group(0)
+                cute.arch.mbarrier_arrive(empty + stage)
+                cute.arch.sync_warp()
+                for bar in (empty + n // 2 % self.own_stages, left):
+                    ptx.remote_arrive(bar.toint(), rank ^ 1, (lane == 0) & (not is_own))
+                n += 1
+            at = self.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)
+            for i in cutlass.range_constexpr(16):
+                ptx.stg_f32x4(at + i * 2048, tuple(acc_s[4 * i + j] for j in range(4)))
+
+    # ------------------------------------------------------------------ the states
+
+    @cute.kernel
+    def chain(
+        self, initial_state: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32, H: Int32, T: Int32,
+        workers: Int32, flags: Int32,
+    ):  # fmt: skip
+        """A block for ROWS rows of the states of an item, segment by segment, if it is the worker that has the item's
+        first piece. The state that a segment begins with takes the place of the C before it."""
+        smem = SmemAllocator()
+        sPlan = smem.allocate_tensor(Uint8, cute.make_layout(PLAN), byte_alignment=128).iterator.toint()
+        sS = smem.allocate_tensor(Uint8, cute.make_layout(D * ROWS * 4), byte_alignment=128).iterator.toint()
+        thread, worker, part = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.block_idx()[1]
+        self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
+        cute.arch.sync_threads()
+        begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
+        if begin < end:
+            numbers = self.find_piece(
+                end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
+            )
+            nh, fate, last = numbers[5], numbers[6], numbers[7] // SPAN
+            if (fate & (COMPARED | SEGMENT)) == COMPARED:
+                self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, flags)
+
+    @cute.jit
+    def chain_of(
+        self, initial_state: Int64, workspace: Int64, workers: Int32, first: Int32, last: Int32, nh: Int32, part: Int32,
+        thread: Int32, sS: Int32, flags: Int32,
+    ):  # fmt: skip
+        """A thread has columns 2 p and 2 p + 1 of rows r, r + 8, r + 1, r + 9, as the accumulators of `maps` do."""
+        p, group = thread % 64, thread // 64
+        vs, row = part // 4, part % 4 * 16 + group * 2
+        acc = cute.make_rmem_tensor((8,), Float32)
+        self.first_state(acc, initial_state, nh, vs, row, p, flags)
+        for i in cutlass.range(first + 1, last + 1, unroll=1):
+            word = self.map_word(workspace, workers, i)
+            given, then = ptx.ldg_i32(word), Int32(0)
+            if i < last:
+                then = ptx.ldg_i32(word + 4)
+            if (given | then) != 0:
+                cute.arch.sync_threads()
+                self.put(acc, sS, p, group)
+                cute.arch.sync_threads()
+                c_at = self.map_at(workspace, workers, i - 1, vs) + Int64(p // 4 * 2048 + p % 4 * 16)
+                c_at += Int64((row // 16 * 32 + row % 8 * 4) * 16)
+                for half in cutlass.range_constexpr(2):
+                    for j, x in enumerate(ptx.ldg_f32x4(c_at + half * 64)):
+                        acc[4 * half + j] = x
+                if given != 0:
+                    m_at = self.map_at(workspace, workers, i - 1, 2) + Int64(p // 4 * 2048 + p % 4 * 16)
+                    self.times(acc, m_at, sS + group * 16)
+                    finite = Boolean(True)
+                    for half in cutlass.range_constexpr(2):
+                        x = tuple(acc[4 * half + j] for j in range(4))
+                        ptx.stg_f32x4(c_at + half * 64, x)
+                        for y in x:
+                            finite = finite & (y - y == 0.0)
+                    if not finite:
+                        ptx.stg_i32(word, Int32(2))  # the sums have NaN where the recurrence may have none
+
+    def put(self, acc, sS: Int32, p: Int32, group: Int32) -> None:
+        """To shared memory: [column][row of this block, in the order of the threads' rows]."""
+        for e in range(2):
+            ptx.sts_f32x4(sS + (2 * p + e) * (ROWS * 4) + group * 16, tuple(acc[2 * j + e] for j in range(4)))
+
+    def times(self, acc: cute.Tensor, m_at: Int64, s_at: Int32) -> None:
+        """acc += S M, S from shared memory, eight pairs of rows of M at a time."""
+
+        def rows(block):
+            at = m_at + (block // 4 * STATE_BYTES + block % 4 * 512)
+            return [ptx.ldg_f32x4(at + r * 64) for r in range(8)]
+
+        ahead = rows(0)
+        for block in range(8):
+            m = ahead
+            if block + 1 < 8:
+                ahead = rows(block + 1)
+            for r in range(8):
+                for half in range(2):
+                    s = ptx.lds_f32x4(s_at + (16 * block + r + 8 * half) * (ROWS * 4))
+                    for j in range(4):
+                        for e in range(2):
+                            acc[2 * j + e] = ptx.fma(s[j], m[r][2 * half + e], acc[2 * j + e])
+
+    @cute.jit
+    def first_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, row: Int32, p: Int32, flags: Int32):
+        for i in cutlass.range_constexpr(8):
+            acc[i] = Float32(0.0)
+        if address != 0:
+            self.read_state(acc, address, nh, vs * 64 + row, p, flags)
+
+    @cute.jit
+    def read_state(self, acc: cute.Tensor, address: Int64, nh: Int32, v: Int32, p: Int32, flags: Int32):
+        sv, sk = Int32(1), Int32(D)
+        if (flags & STATE_V_FIRST) != 0:
+            sv, sk = Int32(D), Int32(1)
+        for i in cutlass.range_constexpr(8):
+            # rows v, v + 8, v + 1, v + 9, of each two columns
+            at = Int64(nh) * (D * D) + (v + i // 2 % 2 * 8 + i // 4) * sv + (2 * p + i % 2) * sk
+            if (flags & INITIAL_BF16) != 0:
+                acc[i] = ptx.bf16_lo(ptx.ldg_u16(address + at * 2))
+            else:
+                acc[i] = ptx.as_f32(ptx.ldg_u32(address + at * 4))
+
+
+def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
+    """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
+    kernel = KdaBuildSm90(config)
+    shape = tuple(cute.sym_int() for _ in range(3))
+    k, v, g = (fake_tensor(dtype, shape) for dtype in (BFloat16, BFloat16, kernel.g_type))
+    return cute.compile(
+        kernel, k, v, g, *([Int64(0)] * 6), Int32(0), Float32(0.0), Int32(0), Int32(0),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+        options="--enable-tvm-ffi",
+    )  # fmt: skip
