@@ -107,7 +107,7 @@ class KdaBuildSm90(KdaFwdSm90):
         )  # fmt: skip
         self.chain(
             initial_state, cu_seqlens, workspace, items, cute.size(mG.shape[2]), cute.size(mG.shape[0]), workers, flags
-        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)
+        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream, use_pdl=True)
 
     # ------------------------------------------------------------------ the maps
 
@@ -122,6 +122,7 @@ class KdaBuildSm90(KdaFwdSm90):
         lower_bound: Float32, flags: Int32, mma_k: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         S = self.stages
+        cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
 
@@ -381,9 +382,14 @@ class KdaBuildSm90(KdaFwdSm90):
         first piece. The state that a segment begins with takes the place of the C before it."""
         smem = SmemAllocator()
         sPlan = smem.allocate_tensor(Uint8, cute.make_layout(PLAN), byte_alignment=128).iterator.toint()
-        sS = smem.allocate_tensor(Uint8, cute.make_layout(D * ROWS * 4), byte_alignment=128).iterator.toint()
+        sS, sSums = [
+            smem.allocate_tensor(Uint8, cute.make_layout(n * D * ROWS * 4), byte_alignment=128).iterator.toint()
+            for n in (1, 4)
+        ]
         thread, worker, part = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.block_idx()[1]
+        cute.arch.griddepcontrol_launch_dependents()
         self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
+        cute.arch.griddepcontrol_wait()
         cute.arch.sync_threads()
         begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
         if begin < end:
@@ -392,67 +398,74 @@ class KdaBuildSm90(KdaFwdSm90):
             )
             nh, fate, last = numbers[5], numbers[6], numbers[7] // SPAN
             if (fate & (COMPARED | SEGMENT)) == COMPARED:
-                self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, flags)
+                self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, flags)
 
     @cute.jit
     def chain_of(
         self, initial_state: Int64, workspace: Int64, workers: Int32, first: Int32, last: Int32, nh: Int32, part: Int32,
-        thread: Int32, sS: Int32, flags: Int32,
+        thread: Int32, sS: Int32, sSums: Int32, flags: Int32,
     ):  # fmt: skip
-        """A thread has columns 2 p and 2 p + 1 of rows r, r + 8, r + 1, r + 9, as the accumulators of `maps` do."""
-        p, group = thread % 64, thread // 64
-        vs, row = part // 4, part % 4 * 16 + group * 2
+        """A thread has columns 2 p and 2 p + 1 of rows r, r + 8, r + 1, r + 9, as the accumulators of `maps` do; and of
+        a product the sums over a quarter of the columns of S, for all rows. The next M is loaded meanwhile."""
+        p, quarter = thread % 64, thread // 64
+        vs, row = part // 4, part % 4 * 16 + quarter * 2
+        column = Int64(p // 4 * 2048 + p % 4 * 16)
+        m_at = column + Int64(quarter // 2 * STATE_BYTES + quarter % 2 * 1024)
         acc = cute.make_rmem_tensor((8,), Float32)
+        m = cute.make_rmem_tensor((64,), Float32)
         self.first_state(acc, initial_state, nh, vs, row, p, flags)
+        self.load_m(m, self.map_at(workspace, workers, first, 2) + m_at)
         for i in cutlass.range(first + 1, last + 1, unroll=1):
             word = self.map_word(workspace, workers, i)
             given, then = ptx.ldg_i32(word), Int32(0)
             if i < last:
                 then = ptx.ldg_i32(word + 4)
+            c_at = self.map_at(workspace, workers, i - 1, vs) + column + Int64((row // 16 * 32 + row % 8 * 4) * 16)
             if (given | then) != 0:
-                cute.arch.sync_threads()
-                self.put(acc, sS, p, group)
-                cute.arch.sync_threads()
-                c_at = self.map_at(workspace, workers, i - 1, vs) + Int64(p // 4 * 2048 + p % 4 * 16)
-                c_at += Int64((row // 16 * 32 + row % 8 * 4) * 16)
+                at = sS + quarter * (2 * D * 4) + p * 8  # [row][column]
+                for j in cutlass.range_constexpr(4):
+                    ptx.sts_f32x2(at + (j // 2 + j % 2 * 8) * (D * 4), acc[2 * j], acc[2 * j + 1])
                 for half in cutlass.range_constexpr(2):
                     for j, x in enumerate(ptx.ldg_f32x4(c_at + half * 64)):
                         acc[4 * half + j] = x
+                cute.arch.sync_threads()
+                self.product_of(m, sS + quarter * (32 * 4), sSums + quarter * (ROWS * D * 4) + p * 8)
+                if i < last:
+                    self.load_m(m, self.map_at(workspace, workers, i, 2) + m_at)
+                cute.arch.sync_threads()
                 if given != 0:
-                    m_at = self.map_at(workspace, workers, i - 1, 2) + Int64(p // 4 * 2048 + p % 4 * 16)
-                    self.times(acc, m_at, sS + group * 16)
                     finite = Boolean(True)
+                    for j in cutlass.range_constexpr(4):
+                        for q in cutlass.range_constexpr(4):
+                            at = sSums + (q * ROWS + quarter * 2 + j // 2 + j % 2 * 8) * (D * 4) + p * 8
+                            x = ptx.lds_f32x2(at)
+                            acc[2 * j] = acc[2 * j] + x[0]
+                            acc[2 * j + 1] = acc[2 * j + 1] + x[1]
+                        finite = finite & (acc[2 * j] - acc[2 * j] == 0.0) & (acc[2 * j + 1] - acc[2 * j + 1] == 0.0)
                     for half in cutlass.range_constexpr(2):
-                        x = tuple(acc[4 * half + j] for j in range(4))
-                        ptx.stg_f32x4(c_at + half * 64, x)
-                        for y in x:
-                            finite = finite & (y - y == 0.0)
+                        ptx.stg_f32x4(c_at + half * 64, tuple(acc[4 * half + j] for j in range(4)))
                     if not finite:
                         ptx.stg_i32(word, Int32(2))  # the sums have NaN where the recurrence may have none
+            else:
+                if i < last:
+                    self.load_m(m, self.map_at(workspace, workers, i, 2) + m_at)
 
-    def put(self, acc, sS: Int32, p: Int32, group: Int32) -> None:
-        """To shared memory: [column][row of this block, in the order of the threads' rows]."""
-        for e in range(2):
-            ptx.sts_f32x4(sS + (2 * p + e) * (ROWS * 4) + group * 16, tuple(acc[2 * j + e] for j in range(4)))
+    def load_m(self, m: cute.Tensor, at: Int64) -> None:
+        """32 rows of M, two columns: of rows 16 b + r and 16 b + r + 8, [b, r]."""
+        for i in range(16):
+            for j, x in enumerate(ptx.ldg_f32x4(at + i // 8 * 512 + i % 8 * 64)):
+                m[4 * i + j] = x
 
-    def times(self, acc: cute.Tensor, m_at: Int64, s_at: Int32) -> None:
-        """acc += S M, S from shared memory, eight pairs of rows of M at a time."""
-
-        def rows(block):
-            at = m_at + (block // 4 * STATE_BYTES + block % 4 * 512)
-            return [ptx.ldg_f32x4(at + r * 64) for r in range(8)]
-
-        ahead = rows(0)
-        for block in range(8):
-            m = ahead
-            if block + 1 < 8:
-                ahead = rows(block + 1)
-            for r in range(8):
-                for half in range(2):
-                    s = ptx.lds_f32x4(s_at + (16 * block + r + 8 * half) * (ROWS * 4))
-                    for j in range(4):
-                        for e in range(2):
-                            acc[2 * j + e] = ptx.fma(s[j], m[r][2 * half + e], acc[2 * j + e])
+    def product_of(self, m: cute.Tensor, s_at: Int32, sums_at: Int32) -> None:
+        """Rows of S, 32 of its columns, times these rows of M."""
+        for row in range(ROWS):
+            x = [Float32(0.0), Float32(0.0)]
+            for j in range(0, 32, 4):
+                s = ptx.lds_f32x4(s_at + row * (D * 4) + j * 4)
+                for i in range(4):
+                    at = 4 * (j // 16 * 8 + (j + i) % 8) + j // 8 % 2 * 2
+                    x = [ptx.fma(s[i], m[at + e], x[e]) for e in range(2)]
+            ptx.sts_f32x2(sums_at + row * (D * 4), *x)
 
     @cute.jit
     def first_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, row: Int32, p: Int32, flags: Int32):

@@ -21,6 +21,7 @@ CHUNK_US = {1: 1.96, 2: 1.26}
 LISTED = 128  # of more packed sequences the lengths are not looked at before: each is a small part of the work
 ITEM_COST = 3  # in chunks: what a (sequence, head) takes besides its chunks, to load and store its state
 MIN_PART = 8  # chunks that a worker has at least, before an item is cut only to be done sooner
+MIN_BUILT = 128  # chunks that a sequence has at least for maps of its segments to be worth two more kernels
 MAX_WARM = 16  # chunks at most by which a segment begins early
 STATE_BYTES = 64 * 128 * 4  # a slice of a state: 64 value rows, fp32
 
@@ -141,9 +142,9 @@ def maps_bytes(workers: Any) -> Any:
 
 def builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], sms: int) -> bool:
     """Whether maps of segments are worth building where gates are weak: it costs more than a pass, shared by all."""
-    if split == 2 or (packed and N > LISTED):
-        return False
     longest = -(-T // 32) + ITEM_COST
+    if split == 2 or (packed and N > LISTED) or longest < MIN_BUILT:
+        return False
     even = -(-(longest * H * (1 if packed else N) + packed * N * H * ITEM_COST) // sms)
     return part(even * sms, longest, sms)[1] > 0 and 7 * max(even, MIN_PART) < 2 * longest
 

@@ -374,6 +374,11 @@ def sts_f32(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def sts_f32x2(address: Int32, x: Float32, y: Float32, *, loc=None, ip=None) -> None:
+    _asm("st.shared.v2.f32 [$0], {$1, $2};", [], [address, x, y], "r,f,f,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def sts_f32x4(address: Int32, x: F4, *, loc=None, ip=None) -> None:
     _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,f,f,f,f,~{memory}", True, loc, ip)
 
