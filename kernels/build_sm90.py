@@ -107,7 +107,7 @@ class KdaBuildSm90(KdaFwdSm90):
         )  # fmt: skip
         self.chain(
             initial_state, cu_seqlens, workspace, items, cute.size(mG.shape[2]), cute.size(mG.shape[0]), workers, flags
-        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream, use_pdl=True)
+        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)
 
     # ------------------------------------------------------------------ the maps
 
@@ -122,7 +122,6 @@ class KdaBuildSm90(KdaFwdSm90):
         lower_bound: Float32, flags: Int32, mma_k: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         S = self.stages
-        cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
 
@@ -387,9 +386,7 @@ class KdaBuildSm90(KdaFwdSm90):
             for n in (1, 4)
         ]
         thread, worker, part = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.block_idx()[1]
-        cute.arch.griddepcontrol_launch_dependents()
         self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
-        cute.arch.griddepcontrol_wait()
         cute.arch.sync_threads()
         begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
         if begin < end:

@@ -189,7 +189,7 @@ class KdaFwdSm90:
             lower_bound, flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
-            min_blocks_per_mp=1, use_pdl=True,
+            min_blocks_per_mp=1,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ device side
@@ -251,7 +251,6 @@ class KdaFwdSm90:
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
 
-        cute.arch.griddepcontrol_wait()  # from here on inputs are read
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
         self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *self.worker())

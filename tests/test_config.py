@@ -13,8 +13,12 @@ from kda_cute.kernels.config import (
     MAX_WARM,
     MIN_PART,
     STATE_BYTES,
+    KdaBuildConfig,
     KdaFwdConfig,
     all_configs,
+    builds_maps,
+    maps_at,
+    maps_bytes,
     part,
     v_split,
     words_bytes,
@@ -31,7 +35,10 @@ SMS = 132  # of an H100 or H200
         (8192, 1, 96, 2),  # 96 a quarter, which 66 pairs of blocks do not
         (8192, 1, 102, 2),
         (8192, 1, 103, 1),
-        (8192, 1, 1, 2),
+        (8192, 1, 1, 1),  # segments, and their maps where gates are weak
+        (8192, 1, 37, 1),
+        (8192, 1, 38, 2),
+        (3000, 1, 8, 2),  # too short for maps
         (8192, 8, 96, 1),
         (8192, 8, 64, 1),
         (8192, 6, 64, 1),
@@ -48,7 +55,30 @@ def test_v_split_fills_what_gpu_there_is() -> None:
 
 
 def test_the_length_decides_nothing_if_all_are_alike() -> None:
-    assert len({v_split(T, 1, 48, SMS) for T in (1, 31, 32, 33, 8192, 1 << 20)}) == 1
+    assert len({v_split(T, 1, 48, SMS) for T in (1, 31, 32, 33, 8192, 1 << 20)}) == 1  # too many heads for maps
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "N", "packed", "split", "expected"),
+    [
+        (8192, 16, 1, False, 1, True),
+        (8192, 16, 1, False, 2, False),
+        (8192, 8, 4, False, 1, True),
+        (8192, 8, 5, False, 1, False),  # 40 items
+        (4000, 1, 1, False, 1, True),
+        (3999, 1, 1, False, 1, False),
+        (69_803, 8, 51, True, 1, True),  # one of them may be long
+        (8192, 96, 6, True, 1, False),
+        (1 << 20, 1, LISTED + 1, True, 1, False),
+    ],
+)
+def test_builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], expected: bool) -> None:
+    assert builds_maps(T, H, N, packed, split, SMS) is expected
+
+
+def test_maps_lie_behind_all_else() -> None:
+    assert maps_at(SMS, 1) == workspace_bytes(8192, 1, 8, False, 1, SMS)
+    assert maps_bytes(SMS) >= SMS * (4 * STATE_BYTES + 4)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +127,9 @@ def test_part(lengths: tuple[int, ...], H: int, workers: int, expected: tuple[in
 
 def test_names_are_unique_and_rings_fit() -> None:
     configs = all_configs()
-    assert len({config.name for config in configs}) == len(configs) == 16
+    assert len({config.name for config in configs}) == len(configs) == 24
     for config in configs:
-        stage = (36 + 8 * (config.g_dtype == "fp32") - 4 * (config.v_split == 2)) << 10
+        kib = 24 if isinstance(config, KdaBuildConfig) else 36 - 4 * (config.v_split == 2)
+        stage = (kib + 8 * (config.g_dtype == "fp32")) << 10
         assert config.stages * stage < MAX_SMEM_BYTES
     assert KdaFwdConfig().v_split == 1

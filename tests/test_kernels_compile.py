@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kda_cute import cubin, jit
-from kda_cute.kernels.config import MAX_SMEM_BYTES, all_configs
+from kda_cute.kernels.config import MAX_SMEM_BYTES, KdaBuildConfig, all_configs
 
 SPILLED = 10  # registers
 
@@ -34,10 +34,12 @@ configs = pytest.mark.parametrize("config", all_configs(), ids=lambda config: co
 @configs
 def test_registers_suffice(config, kernels):
     """ptxas spills a few registers that are needed once a chunk or a work item, other ones in each version: up to
-    SPILLED of a lane. Short of registers in earnest, it waits after each WGMMA; the source has four waits."""
+    SPILLED of a lane. Short of registers in earnest, it waits after each WGMMA; the source has four waits (three for
+    maps, and none in what goes from segment to segment)."""
     for kernel in kernels(config)[0]:
         assert kernel.stack <= 4 * SPILLED, kernel
-        assert sum(n for name, n in kernel.opcodes.items() if name.startswith("WARPGROUP.DEPBAR")) == 4, kernel
+        waits = 0 if kernel.count("HGMMA") == 0 else 3 if isinstance(config, KdaBuildConfig) else 4
+        assert sum(n for name, n in kernel.opcodes.items() if name.startswith("WARPGROUP.DEPBAR")) == waits, kernel
 
 
 @configs

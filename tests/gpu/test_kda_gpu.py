@@ -39,6 +39,7 @@ def split_of(request: pytest.FixtureRequest) -> Iterator[int]:
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sm90, "v_split", lambda *_: request.param)
+        m.setattr(sm90, "builds_maps", lambda *_: False)  # see test_maps.py
         m.setattr(ops, "_known", {})
         yield request.param
 
