@@ -198,9 +198,9 @@ class KdaBuildSm90(KdaFwdSm90):
         self, g: cute.Tensor, sPlan: Int32, sList: Int32, first: Int32, items: Int32, H: Int32, T: Int32, A_log: Int64,
         dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, workers: Int32, lower_bound: Float32, flags: Int32,
     ):  # fmt: skip
-        """Lists the pieces whose maps are needed, of the two workers of this cluster: those before a segment that cannot
-        guess, or before one that can but has such a one behind it, which begins with what it comes to. A warpgroup looks
-        at the gates before one such border."""
+        """Lists the pieces whose maps are needed, of the two workers of this cluster: those before a segment that
+        cannot guess, or before one that can but has such a one behind it, which begins with what it comes to. A
+        warpgroup looks at the gates before one such border."""
         thread = cute.arch.thread_idx()[0]
         wg, channel = thread // 128, thread % 128
         plan, worker, nth = sPlan + wg // 2 * PLAN, first + wg // 2, wg % 2
@@ -390,9 +390,7 @@ class KdaBuildSm90(KdaFwdSm90):
         cute.arch.sync_threads()
         begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
         if begin < end:
-            numbers = self.find_piece(
-                end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
-            )
+            numbers = self.find_piece(end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers)
             nh, fate, last = numbers[5], numbers[6], numbers[7] // SPAN
             if (fate & (COMPARED | SEGMENT)) == COMPARED:
                 self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, flags)

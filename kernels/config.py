@@ -131,8 +131,8 @@ def workspace_bytes(T: int, N: int, H: int, packed: bool, split: Literal[1, 2], 
 
 
 def maps_at(workers: Any, blocks: Any) -> Any:
-    """Where in a workspace the maps of segments begin: C, where later the state behind the segment is, and M, two slices each,
-    of each worker; behind them a word for each, whether its segment begins with such a state."""
+    """Where in a workspace the maps of segments begin: C, where later the state behind the segment is, and M, two
+    slices each, of each worker; behind them a word for each, whether its segment begins with such a state."""
     return words_bytes(workers, blocks) + 2 * workers * STATE_BYTES
 
 
@@ -142,9 +142,10 @@ def maps_bytes(workers: Any) -> Any:
 
 def builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], sms: int) -> bool:
     """Whether maps of segments are worth building where gates are weak: it costs more than a pass, shared by all."""
-    longest = -(-T // 32) + ITEM_COST
-    if split == 2 or (packed and N > LISTED) or longest < MIN_BUILT:
+    chunks = -(-T // 32)
+    if split == 2 or (packed and N > LISTED) or chunks < MIN_BUILT:
         return False
+    longest = chunks + ITEM_COST
     even = -(-(longest * H * (1 if packed else N) + packed * N * H * ITEM_COST) // sms)
     return part(even * sms, longest, sms)[1] > 0 and 7 * max(even, MIN_PART) < 2 * longest
 

@@ -54,7 +54,6 @@ from .config import (
     STATE_V_FIRST,
     KdaFwdConfig,
     maps_at,
-    maps_bytes,
     part,
     words_bytes,
 )
@@ -235,7 +234,8 @@ class KdaFwdSm90:
                     cute.arch.mbarrier_init(gated + s, 32 * (self.gate_warps or 1))  # or `fetch`
                     cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
                     cute.arch.mbarrier_init(solved + s, 32)
-                    readers = 128 * self.state_wgs + (4 * self.state_wgs if self.blocks == 2 and s < self.own_stages else 0)
+                    sent = self.blocks == 2 and s < self.own_stages
+                    readers = (128 + 4 * sent) * self.state_wgs
                     cute.arch.mbarrier_init(empty + s, readers)
                 cute.arch.mbarrier_init(left, 4 * self.state_wgs)
                 cute.arch.mbarrier_init(settled[0], 4 * self.state_wgs)
@@ -1515,7 +1515,7 @@ class KdaFwdSm90:
         return workspace + Int64(slice) * 8, states + (Int64(slice) * STATE_BYTES + Int64(thread * 16))
 
     def map_at(self, workspace: Int64, workers: Int32, worker: Int32, slice):
-        """C (slices 0, 1) and M (2, 3) of a worker's piece; later the state behind it (0, 1). As in states handed on."""
+        """C (slices 0, 1) and M (2, 3) of a worker's piece; later the state behind it (0, 1)."""
         return workspace + Int64(maps_at(workers, 1)) + Int64(worker * 4 + slice) * STATE_BYTES
 
     def map_word(self, workspace: Int64, workers: Int32, worker: Int32):

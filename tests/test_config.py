@@ -65,8 +65,8 @@ def test_the_length_decides_nothing_if_all_are_alike() -> None:
         (8192, 16, 1, False, 2, False),
         (8192, 8, 4, False, 1, True),
         (8192, 8, 5, False, 1, False),  # 40 items
-        (4000, 1, 1, False, 1, True),
-        (3999, 1, 1, False, 1, False),
+        (4065, 1, 1, False, 1, True),
+        (4064, 1, 1, False, 1, False),
         (69_803, 8, 51, True, 1, True),  # one of them may be long
         (8192, 96, 6, True, 1, False),
         (1 << 20, 1, LISTED + 1, True, 1, False),
