@@ -60,8 +60,9 @@ class KdaBuildSm90(KdaFwdSm90):
         self.stage_bytes = self.at_v + BOX
         self.sent_bytes = self.at_m
         self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
-        self.threads = 512
-        self.regs_load, self.regs_prepare, self.regs_state = 64, 128, 160
+        self.gate_warps = 2
+        self.threads = 640
+        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 64, 56, 104, 144
 
     @cute.jit
     def __call__(
@@ -141,7 +142,7 @@ class KdaBuildSm90(KdaFwdSm90):
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(gated + s, 32)
+                    cute.arch.mbarrier_init(gated + s, 64 if s < self.own_stages else 32)  # `gates`, `fetch`
                     cute.arch.mbarrier_init(ready + s, 64)
                     cute.arch.mbarrier_init(solved + s, 32)
                     cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.own_stages else 0))
@@ -162,36 +163,43 @@ class KdaBuildSm90(KdaFwdSm90):
             g, sPlan, sList, first, items, H, T, A_log, dt_bias, cu_seqlens, workspace, workers, lower_bound, flags
         )
         work = (sList, sList)
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+        if self.count(work) > 0:  # the same in both blocks
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
-        if warp < 4:
-            cute.arch.setmaxregister_decrease(self.regs_load)
-            if warp == 0:
-                self.load_all(k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work)
-            elif warp == 1:
-                self.invert(
-                    ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
-                    beta, Float32(1.0), flags, H, T, work,
+            if warp < 4:
+                cute.arch.setmaxregister_decrease(self.regs_load)
+                if warp == 0:
+                    self.load_all(k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work)
+                elif warp == 1:
+                    self.invert(
+                        ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
+                        beta, Float32(1.0), flags, H, T, work,
+                    )  # fmt: skip
+                elif warp == 2:
+                    self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
+                else:
+                    self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
+            elif warp < 8:
+                cute.arch.setmaxregister_decrease(self.regs_gates)
+                if warp < 6:
+                    self.gates(
+                        warp - 4, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
+                    )  # fmt: skip
+            elif warp < 12:
+                cute.arch.setmaxregister_increase(self.regs_prepare)
+                self.prepare(
+                    warp - 8, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
+                    A_log, dt_bias, lower_bound, work,
                 )  # fmt: skip
-            elif warp == 2:
-                self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
             else:
-                self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
-        elif warp < 8:
-            cute.arch.setmaxregister_increase(self.regs_prepare)
-            self.prepare(
-                warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
-                A_log, dt_bias, lower_bound, work,
-            )  # fmt: skip
-        else:
-            cute.arch.setmaxregister_increase(self.regs_state)
-            self.maps(
-                (warp - 8) // 4, ring, sTables, raw_full, gated, ready, solved, empty, left, mma_k, mma_s, workspace,
-                workers, work,
-            )  # fmt: skip
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+                cute.arch.setmaxregister_increase(self.regs_state)
+                self.maps(
+                    (warp - 12) // 4, ring, sTables, raw_full, gated, ready, solved, empty, left, mma_k, mma_s, workspace,
+                    workers, work,
+                )  # fmt: skip
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     @cute.jit
     def choose(
@@ -203,9 +211,9 @@ class KdaBuildSm90(KdaFwdSm90):
         warpgroup looks at the gates before one such border."""
         thread = cute.arch.thread_idx()[0]
         wg, channel = thread // 128, thread % 128
-        plan, worker, nth = sPlan + wg // 2 * PLAN, first + wg // 2, wg % 2
+        plan, worker, nth = sPlan + wg // 2 % 2 * PLAN, first + wg // 2, wg % 2
         weak, exists = Int32(0), Int32(0)
-        if ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END):
+        if (wg < 4) & (ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END)):
             _, start, tokens, h, b, _, fate, span = self.find_piece(
                 ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
             )
@@ -226,7 +234,7 @@ class KdaBuildSm90(KdaFwdSm90):
                     at = sList + 32 * (2 + wg // 2)
                     ptx.sts_i32x4(at, (start, tokens, h, b))
                     ptx.sts_i32x4(at + 16, (worker, weak, weak, weak))
-        if channel == 0:
+        if (wg < 4) & (channel == 0):
             ptx.sts_i32(sList + 128 + 4 * wg, weak)
             ptx.sts_i32(sList + 144 + 4 * wg, exists)
         cute.arch.sync_threads()
@@ -286,6 +294,27 @@ class KdaBuildSm90(KdaFwdSm90):
                     stage = Int32(0)
                     phase ^= 1
             n += chunks
+
+    @cute.jit
+    def gates(
+        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
+        A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
+    ):  # fmt: skip
+        lane, bias_at, n = cute.arch.lane_idx(), sBias + half * 256, Int32(0)
+        stage, phase = Int32(0), Int32(0)
+        for nth in cutlass.range(self.count(work), unroll=1):
+            tokens, h = self.piece(nth, work)[1:3]
+            slope, end = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
+            for _ in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
+                self.wait(raw_full + stage, phase, lane)
+                at = ring + stage * self.stage_bytes
+                self.gate(slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane)
+                cute.arch.mbarrier_arrive(gated + stage)
+                stage += 1
+                if stage == self.own_stages:
+                    stage = Int32(0)
+                    phase ^= 1
+            n = end
 
     @cute.jit
     def maps(
@@ -392,7 +421,11 @@ class KdaBuildSm90(KdaFwdSm90):
         if begin < end:
             numbers = self.find_piece(end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers)
             nh, fate, last = numbers[5], numbers[6], numbers[7] // SPAN
+            any_given = Int32(0)
             if (fate & (COMPARED | SEGMENT)) == COMPARED:
+                for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
+                    any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
+            if ptx.uniform(any_given) > 0:
                 self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, flags)
 
     @cute.jit
