@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, cache, cubin, jit
-from .kernels.config import KdaFwdConfig, all_configs
+from .kernels.config import Config, all_configs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_inspect(configs, args.arch, sass=args.sass)
 
 
-def select(names: Sequence[str]) -> list[KdaFwdConfig]:
+def select(names: Sequence[str]) -> list[Config]:
     known = {config.name: config for config in all_configs()}
     for name in names:
         if name not in known:
@@ -59,7 +59,7 @@ def select(names: Sequence[str]) -> list[KdaFwdConfig]:
     return [known[name] for name in names] or list(known.values())
 
 
-def run_warmup(configs: Sequence[KdaFwdConfig], arch: str) -> int:
+def run_warmup(configs: Sequence[Config], arch: str) -> int:
     root = cache.directory()
     if root is None:
         print("KDA_CUTE_CACHE=0: there is no cache to fill", file=sys.stderr)
@@ -72,7 +72,7 @@ def run_warmup(configs: Sequence[KdaFwdConfig], arch: str) -> int:
     return 1 if absent else 0
 
 
-def run_inspect(configs: Sequence[KdaFwdConfig], arch: str, sass: bool = False) -> int:
+def run_inspect(configs: Sequence[Config], arch: str, sass: bool = False) -> int:
     try:
         cubin.nvdisasm()
     except FileNotFoundError as e:

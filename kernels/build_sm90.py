@@ -62,7 +62,8 @@ class KdaBuildSm90(KdaFwdSm90):
         self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
         self.gate_warps = 2
         self.threads = 640
-        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 64, 56, 104, 144
+        registers = (64, 56, 104, 144) if config.g_dtype == "bf16" else (64, 64, 96, 144)
+        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = registers
 
     @cute.jit
     def __call__(
@@ -195,8 +196,8 @@ class KdaBuildSm90(KdaFwdSm90):
             else:
                 cute.arch.setmaxregister_increase(self.regs_state)
                 self.maps(
-                    (warp - 12) // 4, ring, sTables, raw_full, gated, ready, solved, empty, left, mma_k, mma_s, workspace,
-                    workers, work,
+                    (warp - 12) // 4, ring, sTables, raw_full, gated, ready, solved, empty, left, mma_k, mma_s,
+                    workspace, workers, work,
                 )  # fmt: skip
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
@@ -150,8 +150,11 @@ def builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], sms:
     return part(even * sms, longest, sms)[1] > 0 and 7 * max(even, MIN_PART) < 2 * longest
 
 
-def all_configs() -> list[KdaFwdConfig | KdaBuildConfig]:
-    build = [
+Config: TypeAlias = KdaFwdConfig | KdaBuildConfig
+
+
+def all_configs() -> list[Config]:
+    build: list[Config] = [
         KdaBuildConfig(g_dtype, gate, neg_eigval)
         for neg_eigval in (False, True)
         for gate in ("safe", "log")
