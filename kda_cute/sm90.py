@@ -44,9 +44,7 @@ def _workspace(device: int, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
     key = device, torch._C._cuda_getCurrentRawStream(device), size  # current_stream makes an object
     if key not in _workspaces:
-        stream = torch.cuda.current_stream(device)
-        with torch.cuda.stream(stream):
-            _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=stream.device)
+        _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
     return _workspaces[key]
 
 

@@ -16,7 +16,7 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_
 
 
 # Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: side by side on
-# an H200 503 and 322 us for T = 8192 (256 chunks) and H = 64.
+# an H200, before there were segments, 503 and 322 us for T = 8192 (256 chunks) and H = 64.
 CHUNK_US = {1: 1.96, 2: 1.26}
 LISTED = 128  # of more packed sequences the lengths are not looked at before: each is a small part of the work
 ITEM_COST = 3  # in chunks: what a (sequence, head) takes besides its chunks, to load and store its state

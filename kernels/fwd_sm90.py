@@ -1305,11 +1305,10 @@ class KdaFwdSm90:
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
 
         A segment does not wait for the state before it. It warms up on the chunks before its own, from a zero state,
-        and goes on with what comes out if these chunks' decays say that the true state is forgotten by then. At its end
-        it looks whether the state that the segment before has come to is the same, bit by bit, and tells those after
-        it. If not, or if it is not so for a segment before it, it runs again from the state handed on: what comes out
-        are the bits of one segment after the other, for any input. If the decays say that nothing is forgotten it waits
-        for the true state before it runs.
+        and goes on with what comes out if these chunks' decays say that the true state is forgotten by then; else it
+        waits for that. Its state's hash at both ends is for `load`, which finds out whether the guess was right (see
+        `judge`). If not, the segment runs again from the state handed on: what comes out are the bits of one segment
+        after the other, for any input.
         """
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
