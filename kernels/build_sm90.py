@@ -62,8 +62,7 @@ class KdaBuildSm90(KdaFwdSm90):
         self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
         self.gate_warps = 2
         self.threads = 640
-        registers = (64, 56, 104, 144) if config.g_dtype == "bf16" else (64, 64, 96, 144)
-        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = registers
+        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 64, 64, 80, 152
 
     @cute.jit
     def __call__(
@@ -188,7 +187,7 @@ class KdaBuildSm90(KdaFwdSm90):
                         warp - 4, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
                     )  # fmt: skip
             elif warp < 12:
-                cute.arch.setmaxregister_increase(self.regs_prepare)
+                cute.arch.setmaxregister_decrease(self.regs_prepare)
                 self.prepare(
                     warp - 8, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
                     A_log, dt_bias, lower_bound, work,
@@ -226,7 +225,7 @@ class KdaBuildSm90(KdaFwdSm90):
                     slope, bias, total = self.slope(A_log, h), Float32(-SIGMOID_BITS), Float32(0.0)
                     if dt_bias != 0:
                         bias = ptx.fma(slope, self.global_f32(dt_bias, Int64(h * D + channel)), bias)
-                    for t in cutlass.range(edge - window, edge, unroll=16):
+                    for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
                         total += self.factor(Float32(g[t, channel, h, b]), slope, bias)
                     total = total * self.log2_of_factor(lower_bound)
                     forgets = ptx.all_of(total < math.log2(FORGOTTEN), STATE_BAR + wg)
