@@ -33,7 +33,6 @@ from .fwd_sm90 import (
     NORM,
     PLAN,
     SEGMENT,
-    SIGMOID_BITS,
     SPAN,
     STATE_BAR,
     SYSTEM,
@@ -222,9 +221,10 @@ class KdaBuildSm90(KdaFwdSm90):
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
                 if worker + 1 + nth <= span // SPAN:
                     exists = Int32(1)
-                    slope, bias, total = self.slope(A_log, h), Float32(-SIGMOID_BITS), Float32(0.0)
+                    slope, bias, total = self.slope(A_log, h), Float32(0.0), Float32(0.0)
                     if dt_bias != 0:
-                        bias = ptx.fma(slope, self.global_f32(dt_bias, Int64(h * D + channel)), bias)
+                        bias = self.global_f32(dt_bias, Int64(h * D + channel))
+                    bias = self.bias(slope, bias)
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
                         total += self.factor(Float32(g[t, channel, h, b]), slope, bias)
                     total = total * self.log2_of_factor(lower_bound)

@@ -31,8 +31,8 @@ class KdaFwdConfig:
     """One compiled binary. All else (shapes, strides, cu_seqlens, l2norm, sigmoid, states, their dtypes) is run time.
 
     g_dtype: how the gate arrives in memory; it fixes the TMA descriptor and the shared-memory tile.
-    gate: "safe" computes lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) in the kernel, "log" takes g as log decay
-        in [-5, 0].
+    gate: "safe" computes lower_bound * sigmoid(exp(A_log) * (g + dt_bias)) in the kernel, "softplus"
+        -exp(A_log) * softplus(g + dt_bias), "log" takes g as log decay.
     v_split: blocks that share a head, each with a slice of V. Two are a cluster, prepare every other chunk each and
         send it to one another.
     neg_eigval: for beta up to 2: the inverse of the chunk's linear system keeps its diagonal of ones, the factors beta
@@ -40,7 +40,7 @@ class KdaFwdConfig:
     """
 
     g_dtype: Literal["bf16", "fp32"] = "bf16"
-    gate: Literal["safe", "log"] = "safe"
+    gate: Literal["safe", "softplus", "log"] = "safe"
     v_split: Literal[1, 2] = 1
     neg_eigval: bool = False
 
@@ -62,7 +62,7 @@ class KdaBuildConfig:
     does to a state, S -> S M + C, M and C, and the states that follow. Fields as in KdaFwdConfig."""
 
     g_dtype: Literal["bf16", "fp32"] = "bf16"
-    gate: Literal["safe", "log"] = "safe"
+    gate: Literal["safe", "softplus", "log"] = "safe"
     neg_eigval: bool = False
     v_split: Literal[2] = 2  # two blocks prepare chunks for one another, as there
 
@@ -150,6 +150,7 @@ def builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], sms:
     return part(even * sms, longest, sms)[1] > 0 and 7 * max(even, MIN_PART) < 2 * longest
 
 
+GATES: tuple[Literal["safe", "softplus", "log"], ...] = ("safe", "softplus", "log")
 Config: TypeAlias = KdaFwdConfig | KdaBuildConfig
 
 
@@ -157,13 +158,13 @@ def all_configs() -> list[Config]:
     build: list[Config] = [
         KdaBuildConfig(g_dtype, gate, neg_eigval)
         for neg_eigval in (False, True)
-        for gate in ("safe", "log")
+        for gate in GATES
         for g_dtype in ("bf16", "fp32")
     ]
     return build + [
         KdaFwdConfig(g_dtype, gate, split, neg_eigval)
         for neg_eigval in (False, True)
-        for gate in ("safe", "log")
+        for gate in GATES
         for g_dtype in ("bf16", "fp32")
         for split in (1, 2)
     ]

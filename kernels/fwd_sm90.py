@@ -20,9 +20,9 @@ With S [V, K] the state before the chunk and G_i the log2 decay summed over toke
     A = strict_lower(diag(beta) Kd Ki^T)      M = lower(Qd Ki^T)
     U = (I + A)^-1 diag(beta) (V - Kd S^T)    O = Qd S^T + M U             S <- S diag(2^G_C) + U^T Kr
 
-2^-G_j would overflow over 32 tokens of a gate that may lose 5 nats a token, so exponents are taken relative to an
-integer anchor p in the middle of each 16-token block (at most 58 either way), and moving from one anchor to another is
-an exact multiplication by a power of two.
+2^-G_j would overflow, so exponents are taken relative to an integer anchor p in the middle of each 8 tokens, and moving
+from one anchor to another is an exact multiplication by a power of two, or makes what would be below 2^-30 zero. A gate
+without a lower bound counts as 2^-24 at most a token, which is 0 to fp32: so no exponent is above 97.
 
 The norms of q and k never touch the tiles: 1 / |k_i| multiplies rows and columns of A, the product Kd S^T and U,
 scale / |q_i| multiplies o_i.
@@ -62,7 +62,8 @@ LOG2_E = 1.4426950408889634
 EPS = 1e-6  # of the l2 norm, as in fla
 
 C = 32  # tokens in a chunk
-SUB = 16  # tokens with one anchor: 8 * 5 nats either way of it stay far inside fp32's and bf16's exponent range
+SUB = 16  # tokens of a block of the warps' products
+QUAD = 8  # and of a block of what they make
 D = 128  # K = V
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
 # Named barriers: one for each pair of `prepare`'s warps, one for each state warpgroup.
@@ -77,7 +78,7 @@ SYSTEMS = 2  # places, which chunks take in turn
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 3 * C * 4
-ANCHORS = 3 * 512  # of 64 channels, where T and M will be: see `anchors`
+ANCHORS = 4 * 512  # of 64 channels, where T and M will be: see `anchors`
 # The plan: of each listed sequence its place on the line of `share`, first token and tokens; sums of warps; of the part
 # of this worker the end, the begin, the number of pieces, its last and first sequence; the pieces that come next.
 PIECES = 8  # so many: more than there are stages, for sequences of a chunk or less
@@ -97,11 +98,14 @@ SPAN = 1 << 16  # first worker and SPAN times the last one
 # What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
 # guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
 FORGOTTEN = 2.0**-48
-BLOCKS = ((0, 0), (1, 1), (1, 0))  # 16 x 16 blocks of A and M
+QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 blocks of A and M
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
 SIGMOID_SCALE = float(1 << SIGMOID_BITS)
-G_SCALE = 4096.0
+G_SCALE = 2048.0
+G_MOST = 24 * G_SCALE
+# log2(1 + t) / t for t in [0, 1], to 2^-14, highest power first
+LOG2_1P = (0.05965054, -0.22711755, 0.44189775, -0.71698725, 1.44261324)
 ROUND = 1.5 * 2**23  # x + ROUND has the integer nearest to x in its low bits
 
 
@@ -125,6 +129,8 @@ class KdaFwdSm90:
         self.stage_bytes = self.at_v + self.v_boxes * BOX
         self.sent_bytes = self.at_v
         self.queries = True
+        # Frames of a chunk have an anchor each: 16 tokens that lose 2^-115 at most, or 8, whose anchors are even numbers.
+        self.frames, self.step = (2, 1) if config.gate == "safe" else (4, 2)
         self.prepare_wgs = 2 if config.v_split == 2 else 1
         # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
         self.pairs = min(2 * self.prepare_wgs, self.own_stages)
@@ -746,28 +752,32 @@ class KdaFwdSm90:
 
     @cute.jit
     def gate_parameters(self, A_log: Int64, dt_bias: Int64, h: Int32, half: Int32, bias_at: Int32, lane: Int32):
-        """slope; and bias of the warp's channels, left in shared memory: A_log, dt_bias and the base of the logarithm
-        folded into 2^15 sigmoid = 1 / (2^-15 + 2^(slope g + bias))."""
+        """slope; and bias of the warp's channels, left in shared memory: see `factor`."""
         slope = self.slope(A_log, h)
-        if const_expr(self.config.gate == "safe"):
+        if const_expr(self.config.gate != "log"):
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2):
-                bias = Float32(-SIGMOID_BITS)
+                x = Float32(0.0)
                 if dt_bias != 0:
-                    at = Int64(h * D + 64 * half + 32 * i + lane)
-                    bias = ptx.fma(slope, self.global_f32(dt_bias, at), bias)
-                ptx.sts_f32(bias_at + (32 * i + lane) * 4, bias)
+                    x = self.global_f32(dt_bias, Int64(h * D + 64 * half + 32 * i + lane))
+                ptx.sts_f32(bias_at + (32 * i + lane) * 4, self.bias(slope, x))
             cute.arch.sync_warp()
         return slope
 
+    def bias(self, slope: Float32, dt_bias: Float32) -> Float32:
+        return ptx.fma(slope, dt_bias, Float32(-SIGMOID_BITS)) if self.config.gate == "safe" else dt_bias * LOG2_E
+
     @cute.jit
     def slope(self, A_log: Int64, h: Int32):
-        slope = Float32(G_SCALE)
-        if const_expr(self.config.gate == "safe"):
+        slope = Float32(-LOG2_E * G_SCALE)
+        if const_expr(self.config.gate != "log"):
             slope = Float32(1.0)
             if A_log != 0:
                 slope = cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
-            slope = cutlass.min(-LOG2_E * slope, Float32(-1e-37))  # -inf is no decay even so (see clear_gate)
+            if const_expr(self.config.gate == "safe"):
+                slope = cutlass.min(-LOG2_E * slope, Float32(-1e-37))  # -inf is no decay even so (see clear_gate)
+            else:
+                slope = cutlass.min(G_SCALE * slope, Float32(1e37))
         return slope
 
     @cute.jit
@@ -811,9 +821,9 @@ class KdaFwdSm90:
 
     @cute.jit
     def clear_gate(self, lane: Int32, valid: Int32, sG: Int32):
-        """g behind the sequence's end becomes what makes no decay: 0, or -inf before the sigmoid."""
+        """g behind the sequence's end becomes what makes no decay: 0, or -inf before sigmoid or softplus."""
         no_decay = Uint32(0)
-        if const_expr(self.config.gate == "safe"):
+        if const_expr(self.config.gate != "log"):
             no_decay = Uint32(0xFF80FF80 if self.g_type is BFloat16 else 0xFF800000)
         for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
             if lane + 32 * j >= valid * 8:
@@ -841,46 +851,59 @@ class KdaFwdSm90:
         return out
 
     def factors(self, raw, slope: Float32, bias_at: Int32, kk0: int):
-        """As operands B, fp16. safe: 2^15 sigmoid(exp(A_log) (g + dt_bias)); log: 2^12 g."""
+        """As operands B, fp16."""
         out, bias = [], [Float32(0.0)] * 2
         for i, r in enumerate(raw):
             pairs = [(ptx.bf16_lo(x), ptx.bf16_hi(x)) for x in r] if self.g_type is BFloat16 else r
-            if i % 2 == 0 and self.config.gate == "safe":
+            if i % 2 == 0 and self.config.gate != "log":
                 bias = [ptx.lds_f32(bias_at + (16 * (kk0 + i // 2) + 8 * nt) * 4) for nt in range(2)]
             out.append(tuple(ptx.pack_f16(*(self.factor(x, slope, bias[j // 2]) for x in pairs[j])) for j in range(4)))
         return out
 
     def factor(self, g: Float32, slope: Float32, bias: Float32) -> Float32:
+        """What the log2 decay is a negative multiple of. safe: 2^15 sigmoid(exp(A_log) (g + dt_bias)) = 1 / (2^-15 +
+        2^(slope g + bias)). softplus: 2^11 exp(A_log) log2(1 + 2^(log2(e) (g + dt_bias))), log: -2^11 log2(e) g, both
+        24 * 2^11 at most."""
         if self.config.gate == "safe":
             return ptx.rcp(1.0 / SIGMOID_SCALE + ptx.ex2(ptx.fma(g, slope, bias)))
-        return g * slope
+        if self.config.gate == "softplus":
+            x = ptx.fma(g, Float32(LOG2_E), bias)
+            t = ptx.ex2(-ptx.absolute(x))
+            p = Float32(LOG2_1P[0])
+            for c in LOG2_1P[1:]:
+                p = ptx.fma(p, t, Float32(c))
+            g = ptx.fma(t, p, ptx.maximum(x, Float32(0.0)))
+        return ptx.minimum(g * slope, Float32(G_MOST))
 
     def log2_of_factor(self, lower_bound: Float32) -> Float32:
         """lam: the log2 decay is lam times the gate's factor."""
         if self.config.gate == "safe":
             return lower_bound * (LOG2_E / SIGMOID_SCALE)
-        return Float32(LOG2_E / G_SCALE)
+        return Float32(-1.0 / G_SCALE)
 
     def anchors(self, mid, total, at: Int32, half: Int32, decay: Int32, lam: Float32) -> None:
-        """Integer anchors p0, p1 of a channel's two blocks, near G of their middle tokens, and what depends on them. G
-        counts from the chunk's start.
+        """The integer anchors p_i of a channel's frames, half way between G before and behind their tokens, and what
+        depends on them. G counts from the chunk's start.
 
-        Three tables at `at`, of 32 pairs of channels each, 512 bytes apart. fp32: what makes G - p0 of a sum from the
-        chunk's start, for both channels, then 2^(G_C - p0); the same for p1 and a sum from block 1's start. bf16 pairs:
-        2^p0, 2^(p1 - p0), 2^p1, nothing. 2^G_C, the decay of the chunk, goes to `decay`.
+        Four tables at `at`, of 32 pairs of channels each, 512 bytes apart. fp32, for both channels: what makes G - p_0
+        and G - p_1 of a sum from the start of a block of 16 tokens; the same for p_2 and p_3; 2^(G_C - p) of the last
+        p. bf16 pairs: 2^p_0, 2^(p_1 - p_0), in the last table 2^(p_2 - p_1), 2^(p_3 - p_2), or the roots of these
+        three, where they may be less than the least that there is. 2^G_C, the decay of the chunk, goes to `decay`.
         """
-        total0 = lam * total[0]
-        end = ptx.fma(lam, total[1], total0)
-        r0 = ptx.fma(lam, mid[0], Float32(ROUND))  # an integer in the low bits
-        r1 = ptx.fma(lam, mid[1], total0) + ROUND
-        p0, p1 = r0 - ROUND, r1 - ROUND
-        ptx.sts_f32(at, -p0)
-        ptx.sts_f32(at + 8, ptx.ex2(end - p0))
-        ptx.sts_f32(at + 512, total0 - p1)
-        ptx.sts_f32(at + 520, ptx.ex2(end - p1))
-        shifts = ptx.pow2(r0), ptx.pow2_difference(r1, r0), ptx.pow2(ptx.maximum(r1, Float32(ROUND - 127)))
-        for i, x in enumerate(shifts):
-            ptx.sts_high(at - half + 1024 + 4 * i, x)
+        middle, n = lam * total[0], self.step
+        end = ptx.fma(lam, total[1], middle)
+        G = [Float32(0.0), middle, end]
+        if self.frames == 4:
+            G[1:2] = lam * mid[0], middle, ptx.fma(lam, mid[1], middle)
+        p = []  # a multiple of the anchor
+        for i in range(self.frames):
+            p.append(ptx.fma(G[i] + G[i + 1], Float32(0.5 / n), Float32(ROUND)) - ROUND)
+            start = G[i * 2 // self.frames * self.frames // 2]
+            ptx.sts_f32(at + i // 2 * 512 + i % 2 * 8, ptx.fma(p[i], Float32(-n), start))
+            shift = (n * p[0] if i == 0 else p[i] - p[i - 1]) + ROUND  # in the low bits
+            shift = ptx.pow2(ptx.maximum(shift, Float32(ROUND - 127)))
+            ptx.sts_high(at - half + (1032, 1036, 1536, 1540)[i], shift)
+        ptx.sts_f32(at + 1024, ptx.ex2(ptx.fma(p[-1], Float32(-n), end)))
         ptx.sts_f32(decay, ptx.ex2(end))
 
     # ------------------------------------------------------------------ prepare
@@ -935,9 +958,9 @@ class KdaFwdSm90:
                 tile_kq = sStage + half * self.k_half + tile
                 tile_kr = sStage + self.at_g + half * self.kr_half + tile
                 table = sStage + self.at_t + half * ANCHORS + lane % 4 * 16
-                # blocks (0, 0), (1, 1) and (1, 0) of Kd Ki^T and Qd Ki^T, and |q|^2, summed over the warp's channels
-                acc = cute.make_rmem_tensor((52,), Float32)
-                for i in cutlass.range_constexpr(52):
+                # of Kd Ki^T and Qd Ki^T the blocks on and below the diagonal, and |q|^2: sums over the warp's channels
+                acc = cute.make_rmem_tensor((4 * len(QUADS) + 4,), Float32)
+                for i in cutlass.range_constexpr(4 * len(QUADS) + 4):
                     acc[i] = Float32(0.0)
                 for kk in cutlass.range(4, unroll=1):
                     self.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
@@ -1018,32 +1041,49 @@ class KdaFwdSm90:
 
     def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
         """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
-        off = None
         tiles = [self.tile_of(tile_kq, tile_kr, s) for s in range(2)]
-        ow = [ptx.lds_f32x4(table + nt * 64) for nt in range(2)]
+        offset, shifts, F = [], [], self.frames  # by half of the channels
+        for nt in range(2):
+            at = table + nt * 64
+            offset.append(ptx.lds_f32x4(at) + (ptx.lds_f32x4(at + 512) if F == 4 else ()))
+            shifts.append(ptx.lds_u32x2(at + 1032) + (ptx.lds_u32x2(at + 1536) if F == 4 else ()))
+        w = [ptx.lds_f32x2(table + nt * 64 + 1024) for nt in range(2)]
+        roots = shifts = list(zip(*shifts, strict=True))  # by frame
+        if self.step == 2:
+            shifts = [shifts[0], *(self.times(x, x) for x in shifts[1:])]
+        to_start, to_end = [shifts[0]], [None, shifts[-1]]  # from each frame's anchor; from the last frame's backwards
+        for i in range(1, F):
+            to_start.append(self.times(to_start[-1], shifts[i]))
+        for i in range(F - 2, 0, -1):
+            to_end.append(self.times(to_end[-1], shifts[i]))
+        before = []  # k 2^-x of 8 tokens each, as operands B, relative to the present frame's anchor
         for s in range(2):
             g, k, q = tiles[s]
+            frame = [(2 * s + r) * F // 4 for r in range(2)]
             x = []
             for nt in range(2):
                 G = ptx.mma_f16(lower, g[2 * nt], g[2 * nt + 1], (Float32(0.0),) * 4)
-                x.append([ptx.fma(G[i], lam, ow[nt][i % 2]) for i in range(4)])
-            lk, lq, ki, kr = self.decayed(k, q, x, ow, acc, s)
-            self.product_into(acc, s, lk, ki)
+                x.append([ptx.fma(G[i], lam, offset[nt][2 * frame[i // 2] + i % 2]) for i in range(4)])
+            lk, lq, ki, kr = self.decayed(k, q, x, w, acc, s)
+            for r in range(2):
+                i = 2 * s + r
+                if i % (4 // F) == 0 and i > 0:
+                    *older, last = before
+                    if self.step == 2:
+                        last = self.times(last, roots[frame[r]])
+                    before = [self.times(b, shifts[frame[r]]) for b in older] + [self.times(last, roots[frame[r]])]
+                before.append((ki[r], ki[r + 2]))
+                a = (lk[r], lq[r], lk[r + 2], lq[r + 2])
+                for j in range(i + 1):
+                    self.product_into(acc, QUADS.index((i, j)), a, before[j])
+            rows = [to_start[frame[j % 2]][j // 2] for j in range(4)]
+            ptx.stmatrix_x4(tile_kq + s * 2048, self.times(lk, rows))
             if self.queries:
-                self.product_into(acc, 3 + s, lq, ki)
-            if s == 0:
-                to_start, to_next = zip(*[ptx.lds_u32x2(table + 1024 + nt * 64) for nt in range(2)], strict=True)
-                off = self.shifted(ki, to_next)
-                ow = [ptx.lds_f32x4(table + 512 + nt * 64) for nt in range(2)]  # before the stores: they are in its way
-            else:
-                to_start = [ptx.lds_u32(table + 1024 + nt * 64 + 8) for nt in range(2)]
-                self.product_into(acc, 2, lk, off)
-                if self.queries:
-                    self.product_into(acc, 5, lq, off)
-            ptx.stmatrix_x4(tile_kq + s * 2048, self.shifted(lk, to_start))
-            if self.queries:
-                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, self.shifted(lq, to_start))
-            ptx.stmatrix_x4(tile_kr + s * 2048, kr)
+                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, self.times(lq, rows))
+            for j in range(4):
+                if frame[j % 2] < F - 1:
+                    kr[j] = ptx.mul_bf16x2(kr[j], to_end[F - 1 - frame[j % 2]][j // 2])
+            ptx.stmatrix_x4(tile_kr + s * 2048, tuple(kr))
 
     def tile_of(self, tile_kq: Int32, tile_kr: Int32, s: int):
         """Operand registers of 16 tokens x 16 channels: gates (an operand B), k, q."""
@@ -1051,40 +1091,37 @@ class KdaFwdSm90:
         k = ptx.ldmatrix_x4(tile_kq + s * 2048)
         return g, k, ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX) if self.queries else k
 
-    def product_into(self, acc: cute.Tensor, block: int, a, b) -> None:
-        """Adds a b^T, 16 x 16 of 16 channels, to a block of acc."""
-        for nt in range(2):
-            at = 8 * block + 4 * nt
-            out = ptx.mma_bf16(a, b[nt], b[nt + 2], tuple(acc[at + i] for i in range(4)))
-            for i in range(4):
-                acc[at + i] = out[i]
+    def product_into(self, acc: cute.Tensor, quad: int, a, b) -> None:
+        """Adds 8 rows of k and 8 of q, times 8 of k, of 16 channels, to a block of A and M."""
+        out = ptx.mma_bf16(a, *b, tuple(acc[4 * quad + i] for i in range(4)))
+        for i in range(4):
+            acc[4 * quad + i] = out[i]
 
     def accumulators(self, acc: cute.Tensor):
         """A and M by block, and the four sums of squares."""
-        blocks = [[tuple(acc[8 * b + 4 * nt + i] for i in range(4)) for nt in range(2)] for b in range(6)]
-        return blocks[:3], blocks[3:], [acc[48 + i] for i in range(4)]
+        A, M = [[(acc[4 * b + at], acc[4 * b + at + 1]) for b in range(len(QUADS))] for at in (0, 2)]
+        return A, M, [acc[4 * len(QUADS) + i] for i in range(4)]
 
-    def decayed(self, k, q, x, ow, acc: cute.Tensor, s: int):
-        """k 2^x, q 2^x, k 2^-x and k 2^-x w of 16 tokens x 16 channels, x = G - p and w = 2^(G_C - p)."""
+    def decayed(self, k, q, x, w, acc: cute.Tensor, s: int):
+        """k 2^x, q 2^x, k 2^-x and k 2^-x w of 16 tokens x 16 channels, x = G - p and w = 2^(G_C - p) of the last p."""
         lk, lq, ki, kr = [], [], [], []
         for j in range(4):  # register j: rows (j % 2), channels 8 (j // 2)
             e = x[j // 2][2 * (j % 2) : 2 * (j % 2) + 2]
             up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
             kf, qf = (ptx.bf16_lo(k[j]), ptx.bf16_hi(k[j])), (ptx.bf16_lo(q[j]), ptx.bf16_hi(q[j]))
             if self.queries:
-                at = 48 + 2 * s + j % 2
+                at = 4 * len(QUADS) + 2 * s + j % 2
                 acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
             kd = [kf[i] * down[i] for i in range(2)]
             lk.append(ptx.pack_bf16(kf[0] * up[0], kf[1] * up[1]))
-            if self.queries:
-                lq.append(ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1]))
+            lq.append(ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1]) if self.queries else Uint32(0))
             ki.append(ptx.pack_bf16(*kd))
-            kr.append(ptx.pack_bf16(kd[0] * ow[j // 2][2], kd[1] * ow[j // 2][3]))
-        return tuple(lk), tuple(lq), tuple(ki), tuple(kr)
+            kr.append(ptx.pack_bf16(kd[0] * w[j // 2][0], kd[1] * w[j // 2][1]))
+        return lk, lq, ki, kr
 
-    def shifted(self, x, shift):
-        """x times a power of two for each channel: exact."""
-        return tuple(ptx.mul_bf16x2(x[j], shift[j // 2]) for j in range(4))
+    def times(self, x, factors):
+        """bf16 pairs times powers of two: exact, or zero."""
+        return tuple(ptx.mul_bf16x2(a, b) for a, b in zip(x, factors, strict=True))
 
     def quad_sum(self, x: Float32) -> Float32:
         x = x + cute.arch.shuffle_sync_bfly(x, 1)
@@ -1092,57 +1129,52 @@ class KdaFwdSm90:
 
     @cute.jit
     def give(self, a_at: Int32, m_at: Int32, A, M, half: Int32):
-        """Leave the half sums that the other warp completes: 3 KiB, 16 bytes a lane at a time."""
-        for i in cutlass.range_constexpr(6):
+        """Leave the half sums that the other warp completes: 2.5 KiB, 16 bytes a lane at a time."""
+        for i in cutlass.range_constexpr(len(QUADS) // 2):
             if half == 0:
                 if const_expr(self.queries):
-                    ptx.sts_f32x4(m_at + i * 512, M[i // 2][i % 2])
+                    ptx.sts_f32x4(m_at + i * 512, M[2 * i] + M[2 * i + 1])
             else:
-                ptx.sts_f32x4(a_at + i * 512, A[i // 2][i % 2])
+                ptx.sts_f32x4(a_at + i * 512, A[2 * i] + A[2 * i + 1])
 
     def take(self, at: Int32, X):
         """The sum of X and of what the other warp gave."""
-        other = [ptx.lds_f32x4(at + i * 512) for i in range(6)]
+        other = [x for i in range(len(QUADS) // 2) for x in ptx.lds_f32x4(at + i * 512)]
         cute.arch.sync_warp()
-        return [
-            [tuple(x + y for x, y in zip(X[b][nt], other[2 * b + nt], strict=True)) for nt in range(2)]
-            for b in range(3)
-        ]
+        return [(x[0] + other[2 * b], x[1] + other[2 * b + 1]) for b, x in enumerate(X)]
 
     @cute.jit
     def store_a(self, A, system: Int32, lane: Int32):
         """Kd Ki^T strictly below the diagonal, transposed, fp32; and its diagonal, which is |k|^2."""
-        row, col = lane // 4, lane % 4 * 2
-        for b in cutlass.range_constexpr(3):
-            i, j = BLOCKS[b]
-            for nt in cutlass.range_constexpr(2):
-                for e in cutlass.range_constexpr(4):
-                    r, c = row + 8 * (e // 2), 8 * nt + col + e % 2
-                    a = A[b][nt][e]
-                    if const_expr(i == j and nt == e // 2):
-                        if r == c:
-                            ptx.sts_f32(system + SQUARES + (16 * i + r) * 4, a)
-                    if const_expr(i == j):
-                        a = a if c < r else Float32(0.0)
-                    ptx.sts_f32(system + (16 * j + c) * A_ROW + (16 * i + r) * 4, a)
+        r, col = lane // 4, lane % 4 * 2
+        for b in cutlass.range_constexpr(len(QUADS)):
+            i, j = QUADS[b]
+            for e in cutlass.range_constexpr(2):
+                c, a = col + e, A[b][e]
+                if const_expr(i == j):
+                    if r == c:
+                        ptx.sts_f32(system + SQUARES + (QUAD * i + r) * 4, a)
+                    a = a if c < r else Float32(0.0)
+                ptx.sts_f32(system + (QUAD * j + c) * A_ROW + (QUAD * i + r) * 4, a)
 
     @cute.jit
     def store_m(self, M, sM: Int32, lane: Int32):
         """M = lower(Qd Ki^T), bf16 (64-byte swizzle)."""
         row, col = lane // 4, lane % 4 * 2
-        for b in cutlass.range_constexpr(3):
-            i, j = BLOCKS[b]
-            words = []
-            for nt in cutlass.range_constexpr(2):
-                for half in cutlass.range_constexpr(2):
-                    r, c = row + 8 * half, 8 * nt + col
-                    m0, m1 = M[b][nt][2 * half], M[b][nt][2 * half + 1]
-                    if const_expr(i == j):
-                        m0 = m0 if c <= r else Float32(0.0)
-                        m1 = m1 if c + 1 <= r else Float32(0.0)
-                    words.append(ptx.pack_bf16(m0, m1))
-            self.store_tile(sM, i, j, words, lane)
-        self.store_tile(sM, 0, 1, [Uint32(0)] * 4, lane)
+        for i in cutlass.range_constexpr(2):
+            for j in cutlass.range_constexpr(2):
+                words = []
+                for q in cutlass.range_constexpr(4):
+                    at = 2 * i + q % 2, 2 * j + q // 2
+                    word = Uint32(0)
+                    if const_expr(at in QUADS):
+                        m0, m1 = M[QUADS.index(at)]
+                        if const_expr(at[0] == at[1]):
+                            m0 = m0 if col <= row else Float32(0.0)
+                            m1 = m1 if col + 1 <= row else Float32(0.0)
+                        word = ptx.pack_bf16(m0, m1)
+                    words.append(word)
+                self.store_tile(sM, i, j, words, lane)
 
     @cute.jit
     def ones_if(self, condition: Boolean) -> Uint32:

@@ -100,18 +100,19 @@ def pow2(r: Float32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
-def pow2_difference(r: Float32, s: Float32, *, loc=None, ip=None) -> Float32:
-    """2^(r - s) for two such numbers."""
-    return _asm(
-        "{ .reg .b32 t, u; mov.b32 t, $1; mov.b32 u, $2; sub.s32 t, t, u; shl.b32 t, t, 23; add.s32 t, t, 0x3f800000; "
-        "mov.b32 $0, t; }",
-        [Float32], [r, s], "=f,f,f", False, loc, ip,
-    )  # fmt: skip
+def maximum(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("max.f32 $0, $1, $2;", [Float32], [x, y], "=f,f,f", False, loc, ip)
 
 
 @dsl_user_op
-def maximum(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
-    return _asm("max.f32 $0, $1, $2;", [Float32], [x, y], "=f,f,f", False, loc, ip)
+def minimum(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
+    """NaN if one of them is."""
+    return _asm("min.NaN.f32 $0, $1, $2;", [Float32], [x, y], "=f,f,f", False, loc, ip)
+
+
+@dsl_user_op
+def absolute(x: Float32, *, loc=None, ip=None) -> Float32:
+    return _asm("abs.f32 $0, $1;", [Float32], [x], "=f,f", False, loc, ip)
 
 
 @dsl_user_op

@@ -1,0 +1,167 @@
+"""What `gates` and `prepare` make of a chunk, run warp by warp on the CPU, against the paper's formulas in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kda_cute.kernels import fwd_sm90
+from kda_cute.kernels.config import KdaFwdConfig
+from kda_cute.kernels.fwd_sm90 import A_ROW, BOX, DECAY, SQUARES, SYSTEM, C, D, KdaFwdSm90
+from tests.lanes import LANES, Warp, bf16, bf16_pair, on_the_cpu
+
+STAGE, TABLE, SYS, BIAS = 0, 45056, 49152, 57344
+f32 = np.float32
+
+
+def rounded(x: Any) -> np.ndarray:
+    return bf16_pair(bf16(x).astype(np.uint32))[..., 0]
+
+
+def swizzled(box: int, row: Any, byte: Any) -> Any:
+    """Address of a byte of a row of 128, in the 128-byte swizzle."""
+    return box + row * 128 + ((byte // 16) ^ (row % 8)) * 16 + byte % 16
+
+
+def put(warp: Warp, box: int, x: np.ndarray) -> None:
+    """bf16 [32, 64] as TMA leaves it."""
+    row, col = np.indices(x.shape)
+    at, bits = swizzled(box, row, 2 * col), bf16(x)
+    warp.memory[at], warp.memory[at + 1] = bits & 255, bits >> 8
+
+
+def get(warp: Warp, box: int) -> np.ndarray:
+    row, col = np.indices((C, 64))
+    at = swizzled(box, row, 2 * col)
+    bits = warp.memory[at].astype(np.uint32) | warp.memory[at + 1].astype(np.uint32) << 8
+    return (bits << 16).astype(np.uint32).view(f32)
+
+
+class Lane(Warp):
+    """One lane of a warp, for code with branches."""
+
+    def __init__(self, warp: Warp):
+        self.memory, self.lanes = warp.memory, np.arange(1)
+
+
+def decay_of(gate: str, g: np.ndarray, A_log: float, bias: np.ndarray, lower_bound: float) -> np.ndarray:
+    """log2 decay, fp64."""
+    x, a = g.astype(np.float64) + bias, np.exp(A_log)
+    if gate == "safe":
+        return lower_bound / (1 + np.exp(-a * x)) * np.log2(np.e)
+    if gate == "softplus":
+        return -a * np.logaddexp(0, x) * np.log2(np.e)
+    return g.astype(np.float64) * np.log2(np.e)
+
+
+def prepare(gate: str, q: Any, k: Any, g: Any, A_log: float, bias: Any, lower_bound: float) -> dict[str, np.ndarray]:
+    """What the two warps of a pair leave in shared memory."""
+    kernel = KdaFwdSm90(KdaFwdConfig("bf16", gate))  # type: ignore[arg-type]
+    kernel.ones_if = lambda condition: np.where(condition, 0x3C003C00, 0).astype(np.uint32)  # type: ignore[method-assign]
+    warp = Warp()
+    for half in range(2):
+        cols = slice(64 * half, 64 * half + 64)
+        put(warp, half * kernel.k_half, k[:, cols])
+        put(warp, half * kernel.k_half + BOX, q[:, cols])
+        put(warp, kernel.at_g + half * kernel.kr_half, g[:, cols])
+    with on_the_cpu(fwd_sm90, warp):
+        lam = kernel.log2_of_factor(f32(lower_bound))
+        col, row = LANES % 4 * 2, LANES // 4
+        ones = np.uint32(0x3C003C00)
+        diagonal = np.where(col + 1 <= row, ones, np.where(col <= row, np.uint32(0x3C00), np.uint32(0)))
+        lower = (diagonal, ones, np.uint32(0), diagonal)
+        tile, sums = kernel.tile_at(0, LANES), []
+        slope = {"safe": -fwd_sm90.LOG2_E * np.exp(A_log), "softplus": fwd_sm90.G_SCALE * np.exp(A_log),
+                 "log": -fwd_sm90.LOG2_E * fwd_sm90.G_SCALE}[gate]  # fmt: skip
+        for half in range(2):
+            biases = kernel.bias(f32(slope), bias[64 * half : 64 * half + 64].astype(f32))
+            warp.memory[BIAS : BIAS + 256] = np.asarray(biases, f32).view(np.uint8)
+            kernel.gate(f32(slope), BIAS, half, STAGE, TABLE, f32(lower_bound), C, LANES)
+            acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
+            tile_kq, tile_kr = STAGE + half * kernel.k_half + tile, STAGE + kernel.at_g + half * kernel.kr_half + tile
+            table = STAGE + kernel.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
+            for kk in range(4):
+                kernel.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
+            sums.append(kernel.accumulators(acc))
+        a_at, m_at = SYS + LANES * 16, STAGE + kernel.at_t + LANES * 16
+        for half, (A, M, _) in enumerate(sums):
+            kernel.give(a_at, m_at, A, M, half)
+        A, M = kernel.take(a_at, sums[0][0]), kernel.take(m_at, sums[1][1])
+        q2 = [kernel.quad_sum(sums[0][2][i]) + kernel.quad_sum(sums[1][2][i]) for i in range(4)]
+    for lane in range(32):  # code with branches
+        one = Lane(warp)
+        with on_the_cpu(fwd_sm90, one):
+            kernel.store_a([(x[0][lane], x[1][lane]) for x in A], SYS, np.int64(lane))
+    words = M  # a pair of each lane: rows of 8 x 8 blocks
+    found = {name: np.zeros((C, C)) for name in "AM"}
+    system = warp.memory[SYS : SYS + SYSTEM].view(f32)
+    for (i, j), (m0, m1) in zip(fwd_sm90.QUADS, words, strict=True):
+        for e, m in enumerate((m0, m1)):
+            found["M"][8 * i + LANES // 4, 8 * j + LANES % 4 * 2 + e] = m
+    found["A"] = system[: C * A_ROW // 4].reshape(C, A_ROW // 4)[:, :C].T.astype(np.float64)
+    found["k2"] = system[SQUARES // 4 : SQUARES // 4 + C].astype(np.float64)
+    found["q2"] = np.concatenate([x[::4] for x in q2])
+    for name, at in (("Kd", 0), ("Qd", BOX), ("Kr", kernel.at_g)):
+        step = kernel.k_half if name != "Kr" else kernel.kr_half
+        found[name] = np.concatenate([get(warp, at + half * step) for half in range(2)], 1).astype(np.float64)
+    found["decay"] = warp.memory[TABLE + DECAY : TABLE + DECAY + 4 * D].view(f32).astype(np.float64)
+    return found
+
+
+def exact(q: np.ndarray, k: np.ndarray, log2_decay: np.ndarray) -> dict[str, np.ndarray]:
+    q, k = q.astype(np.float64), k.astype(np.float64)
+    G = np.cumsum(log2_decay, 0)
+    E = np.zeros((C, C, D))
+    for j in range(C):
+        E[j:, j] = 2 ** np.concatenate([np.zeros((1, D)), np.cumsum(log2_decay[j + 1 :], 0)])
+    A, M = np.einsum("ic,jc,ijc->ij", k, k, E), np.einsum("ic,jc,ijc->ij", q, k, E)
+    return dict(
+        A=np.tril(A, -1), M=np.tril(M), k2=(k * k).sum(1), q2=(q * q).sum(1), Kd=k * 2**G, Qd=q * 2**G, Kr=k * E[-1],
+        decay=2 ** G[-1],
+    )  # fmt: skip
+
+
+GATES = {
+    # gate, A_log, bias, g's scale
+    "safe, strong": ("safe", 0.5, 0.5, 1.0),
+    "safe, weak": ("safe", 0.0, -8.0, 1.0),
+    "safe, all 5 nats": ("safe", 0.0, 100.0, 1.0),
+    "softplus, weak": ("softplus", 0.0, -8.0, 1.0),
+    "softplus, 1": ("softplus", 0.0, 0.0, 1.0),
+    "softplus, 8": ("softplus", np.log(8), 0.0, 1.0),
+    "softplus, 16": ("softplus", np.log(16), 0.5, 1.0),
+    "softplus, 200": ("softplus", np.log(200), 0.0, 1.0),
+    "softplus, 200 of few": ("softplus", np.log(200), -8.0, 3.0),
+    "log, wide": ("log", 0.0, 0.0, 1.0),
+    "log, 1e4": ("log", 0.0, 0.0, 1e4),
+    "log, now and then": ("log", 0.0, 0.0, -1.0),
+    "log, 0": ("log", 0.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("gate, A_log, bias, scale", GATES.values(), ids=GATES)
+def test_prepare(gate: str, A_log: float, bias: float, scale: float) -> None:
+    rng = np.random.default_rng(0)
+    q, k = (rounded(rng.standard_normal((C, D)) * D**-0.5) for _ in range(2))
+    g = rng.standard_normal((C, D))
+    if gate == "log":
+        g = -(10 ** (9 * rng.random((C, D)) - 6)) if scale == 1 else -scale * rng.random((C, D))
+        if scale < 0:  # weak, but for a token of a thousand nats in one channel of five
+            g = np.where(rng.random((C, D)) < 0.03, -1000, -0.001 * rng.random((C, D)))
+    else:
+        g = g * scale
+    g = rounded(g)
+    biases = (bias + rng.random(D)) if gate != "log" else np.zeros(D)
+    got = prepare(gate, q, k, g, A_log, biases, -5.0)
+    want = exact(q, k, decay_of(gate, g, A_log, biases.astype(f32), -5.0))
+    rows, cols = np.indices((C, C))
+    got["A"], got["M"] = np.where(cols < rows, got["A"], 0), np.where(cols <= rows, got["M"], 0)
+    # of what is forgotten altogether 2^-24 may remain, which is nothing beside what is not
+    whole = exact(q, k, np.zeros((C, D)))
+    for name, x in want.items():
+        assert np.isfinite(got[name]).all(), name
+        error, size = np.linalg.norm(got[name] - x), np.linalg.norm(x)
+        print(f"{name} {error / size:.1e} {error / np.linalg.norm(whole[name]):.1e}", end=" ")
+        assert error < 3e-3 * size + 1e-7 * np.linalg.norm(whole[name]), name
