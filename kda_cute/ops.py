@@ -74,7 +74,8 @@ def chunk_kda(
         backend: None takes "cute" for CUDA tensors and "reference" for all others. "reference" is torch on any device,
             in fp32 (fp64 for fp64 inputs).
         fla_kwargs: what fla takes besides: disable_recompute, cu_seqlens_cpu, chunk_size, use_graph and max_num_seqs
-            change nothing here, transpose_state_layout is state_v_first, return_intermediate_states and cp_context are not served.
+            change nothing here, transpose_state_layout is state_v_first, return_intermediate_states and cp_context are
+            not served.
 
     Returns:
         o [B, T, HV, V] in the dtype of q, and the final state or None.
