@@ -9,8 +9,10 @@ right one that is not served.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +24,6 @@ _FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64
 _STATE = frozenset((torch.bfloat16, torch.float32))
 _BF16_FP32 = frozenset((torch.bfloat16, torch.float32))
 _INDEX = frozenset((torch.int32, torch.int64))
-_REFERENCE = 'backend="reference" serves it, slowly'
 
 
 # KDA_CUTE_CHECK=1: pay for a synchronisation a call and have values checked too. Read once: a look-up costs 0.7 us.
@@ -151,6 +152,23 @@ def check_call(
     return B, T, H, HV, K, V, N
 
 
+def check_named(call: Mapping[str, Any]) -> tuple[int, int, int, int, int, int, int]:
+    """`check_call` of arguments by their names; what is missing is None, or False."""
+    arguments: list[Any] = [call.get(name) for name in _CHECKED]
+    return check_call(*arguments)
+
+
+_CHECKED = tuple(inspect.signature(check_call).parameters)
+
+
+def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Under torch.autocast fp32 queries, keys and values are taken in its dtype, as those of attention are."""
+    if isinstance(q, torch.Tensor) and (q.is_cuda or q.is_cpu) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
+    return q, k, v
+
+
 def check_scale(scale: float | None, K: int) -> float:
     if scale is None:
         return K**-0.5
@@ -161,7 +179,7 @@ def check_scale(scale: float | None, K: int) -> float:
     return scale
 
 
-def check_served(
+def not_served(
     H: int,
     HV: int,
     K: int,
@@ -172,25 +190,26 @@ def check_served(
     use_gate_in_kernel: bool,
     safe_gate: bool,
     lower_bound: float | None,
-) -> None:
-    """What the GPU kernel does not have, yet."""
+) -> str | None:
+    """What of a call that is right the GPU kernel does not have, yet."""
     if K != HEAD_DIM:
-        _not_served(f"q has K = {K}: must be {HEAD_DIM}")
+        return f"q has K = {K}: must be {HEAD_DIM}"
     if V != HEAD_DIM:
-        _not_served(f"v has V = {V}: must be {HEAD_DIM}")
+        return f"v has V = {V}: must be {HEAD_DIM}"
     if HV != H:
-        _not_served(f"v has HV = {HV}: must be H = {H}; grouped values are not served")
+        return f"v has HV = {HV}: must be H = {H}; grouped values are not served"
     if q.dtype != torch.bfloat16:
-        _not_served(f"q, k and v are {_name(q.dtype)}: must be bfloat16")
+        return f"q, k and v are {_name(q.dtype)}: must be bfloat16"
     if g.dtype not in _BF16_FP32:
-        _not_served(f"g is {_name(g.dtype)}: must be bfloat16 or float32")
+        return f"g is {_name(g.dtype)}: must be bfloat16 or float32"
     if beta.dtype not in _BF16_FP32:
-        _not_served(f"beta is {_name(beta.dtype)}: must be bfloat16 or float32")
+        return f"beta is {_name(beta.dtype)}: must be bfloat16 or float32"
     if use_gate_in_kernel:
         if lower_bound is None:
-            _not_served("lower_bound is None: must be in [-5, 0), the softplus gate is not served")
+            return "lower_bound is None: must be in [-5, 0), the softplus gate is not served"
     elif not safe_gate:
-        _not_served("safe_gate is False: must be True, a promise that g, the log decay, is in [-5, 0]")
+        return "safe_gate is False: must be True, a promise that g, the log decay, is in [-5, 0]"
+    return None
 
 
 def refuse_grad(why: str, **tensors: torch.Tensor | None) -> NoReturn:
@@ -224,8 +243,10 @@ def check_log_decay(g: torch.Tensor, tokens: int) -> None:
 def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool) -> bool:
     """Refuse what would change the result, accept what cannot. Returns state_v_first, perhaps under its old name."""
     for name, value in kwargs.items():
-        if name in ("disable_recompute", "cu_seqlens_cpu"):
-            pass  # trades memory in the backward; a host copy of cu_seqlens, which nothing here needs
+        if name in ("disable_recompute", "cu_seqlens_cpu", "use_graph", "max_num_seqs"):
+            # trades memory in the backward; a host copy of cu_seqlens, which nothing here needs; padding of cu_seqlens
+            # by empty sequences, which every call takes
+            pass
         elif name == "chunk_size":
             if value not in (32, 64):
                 raise ValueError(f"chunk_size is {value}: must be 32 or 64 as in fla (and changes nothing here)")
@@ -315,7 +336,3 @@ def _bad_device(device: torch.device, **tensors: torch.Tensor) -> NoReturn:
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}: must be on {device} like q")
     raise AssertionError(tensors)
-
-
-def _not_served(message: str) -> NoReturn:
-    raise NotImplementedError(f"{message} on the GPU; {_REFERENCE}")

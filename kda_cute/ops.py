@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import contract
+from . import contract, library
 from .reference.chunked import chunked
 
 try:
@@ -72,19 +72,56 @@ def chunk_kda(
         A_log: [HV]. dt_bias: [HV * K] or [HV, K]. Both only with use_gate_in_kernel, both may be None with lower_bound.
         out: o, in the dtype of q. final_state: the last states, contiguous, bf16 or fp32.
         backend: None takes "cute" for CUDA tensors and "reference" for all others. "reference" is torch on any device,
-            in fp32 (fp64 for fp64 inputs), and differentiable.
-        fla_kwargs: what fla takes besides: disable_recompute, cu_seqlens_cpu and chunk_size change nothing here,
-            transpose_state_layout is state_v_first, return_intermediate_states and cp_context are not served.
+            in fp32 (fp64 for fp64 inputs).
+        fla_kwargs: what fla takes besides: disable_recompute, cu_seqlens_cpu, chunk_size, use_graph and max_num_seqs
+            change nothing here, transpose_state_layout is state_v_first, return_intermediate_states and cp_context are
+            not served.
 
     Returns:
         o [B, T, HV, V] in the dtype of q, and the final state or None.
+
+    Both are differentiable, by running the forward pass again: see `library`. torch.compile and export take the call as
+    one operator. Under torch.autocast q, k and v in fp32 are taken in its dtype.
 
     With KDA_CUTE_CHECK=1 in the environment at import the values of cu_seqlens, and those of g under safe_gate, are
     checked too, which waits for the GPU.
     """
     if fla_kwargs:
         state_v_first = contract.check_fla_kwargs(fla_kwargs, state_v_first)
+    arguments = (
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
+        backend,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return library.traced(arguments, out, final_state)
+    return run(*arguments, out, final_state)
 
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    safe_gate: bool,
+    lower_bound: float | None,
+    state_v_first: bool,
+    cu_seqlens: torch.Tensor | None,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    backend: str | None,
+    out: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_kda` for tensors that hold numbers."""
     grad = torch.is_grad_enabled()
     in_place = final_state is initial_state  # torch's guards refuse a tensor that comes twice
     optional = (initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, out)
@@ -109,6 +146,7 @@ def chunk_kda(
             if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens):
                 return o, S
 
+    q, k, v = contract.autocast(q, k, v)
     B, T, H, HV, K, V, N = contract.check_call(
         q,
         k,
@@ -129,31 +167,22 @@ def chunk_kda(
         final_state,
     )
     scale = contract.check_scale(scale, K)
-    wants_grad = grad and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or g.requires_grad
-        or beta.requires_grad
-        or (initial_state is not None and initial_state.requires_grad)
-        or (A_log is not None and A_log.requires_grad)
-        or (dt_bias is not None and dt_bias.requires_grad)
-    )
     reference = _takes_reference(q, backend)
-
-    if reference:
-        if wants_grad and (out is not None or final_state is not None):
-            contract.refuse_grad(
-                "out and final_state must be None, autograd cannot follow a write into them",
-                q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias,
+    if not reference:
+        why_not = contract.not_served(H, HV, K, V, q, g, beta, use_gate_in_kernel, safe_gate, lower_bound)
+        if why_not:
+            raise NotImplementedError(f'{why_not} on the GPU; backend="reference" serves it, slowly')
+    call = dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
+    if grad and library.wants_grad(call):
+        if out is not None or final_state is not None:
+            library.refuse_outputs(call)
+        if not reference:
+            o, state = library.chunk_kda(
+                q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+                use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log,
+                dt_bias, backend,
             )  # fmt: skip
-    else:
-        contract.check_served(H, HV, K, V, q, g, beta, use_gate_in_kernel, safe_gate, lower_bound)
-        if wants_grad:
-            contract.refuse_grad(
-                'must not on the GPU outside torch.no_grad(), there is no backward yet; backend="reference" has one',
-                q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias,
-            )  # fmt: skip
+            return o, state if output_final_state else None
 
     checked = contract.CHECK_VALUES and (reference or not torch.cuda.is_current_stream_capturing())
     if reference or checked:
@@ -163,11 +192,12 @@ def chunk_kda(
 
     if reference:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        o, state = chunked(
-            q, k, v, g, beta, scale, initial_state, output_final_state or final_state is not None,
-            use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate,
-            lower_bound, state_v_first, cu_seqlens, A_log=A_log, dt_bias=dt_bias, dtype=dtype,
-        )  # fmt: skip
+        with torch.autocast(q.device.type, enabled=False):
+            o, state = chunked(
+                q, k, v, g, beta, scale, initial_state, output_final_state or final_state is not None,
+                use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate,
+                lower_bound, state_v_first, cu_seqlens, A_log=A_log, dt_bias=dt_bias, dtype=dtype,
+            )  # fmt: skip
         if out is None:
             out = o.to(q.dtype)
         else:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from kda_cute import contract, ops
+from kda_cute import contract, library, ops
 from kda_cute.ops import chunk_kda, fwd
 from kda_cute.reference import chunked
 from tests.strategies import DTYPES, Case, cases, make
@@ -277,15 +277,20 @@ def test_not_served_on_the_gpu(case: Case, changes: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"])
-def test_no_backward_on_the_gpu(name: str, kernel: list[Any]) -> None:
-    kwargs = on_gpu(arguments(Case(1, (T,), H=H, initial_state="fp32")))
+def test_gradients_on_the_gpu(name: str, kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward by the kernel, backward by something else."""
+    monkeypatch.setattr(library, "_fla", lambda: None)
+    kwargs = arguments(Case(1, (T,), H=H, initial_state="fp32", final_state="new"))
     kwargs[name].requires_grad_()
-    with pytest.raises(NotImplementedError, match=f'^{name} requires grad.*backend="reference"'):
-        chunk_kda(**kwargs)
-    assert not kernel
+    o, S = chunk_kda(**on_gpu(kwargs))
+    assert len(kernel) == 1 and (o == 1).all() and (S == 2).all()
+    (got,) = torch.autograd.grad([o.float().sum(), S.sum()], kwargs[name])
+    want = torch.autograd.grad([x.float().sum() for x in chunk_kda(**kwargs)], kwargs[name])[0]
+    assert len(kernel) == 1 and got.dtype == kwargs[name].dtype
+    torch.testing.assert_close(got, want)
     with torch.no_grad():
-        chunk_kda(**kwargs)
-    assert len(kernel) == 1
+        assert not chunk_kda(**on_gpu(kwargs))[0].requires_grad
+    assert len(kernel) == 2
 
 
 def test_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,227 @@
+"""chunk_kda as operators of torch: for torch.compile and export, which cannot look inside, and for autograd.
+
+`kda_cute::chunk_kda` returns new tensors and is differentiable, `kda_cute::chunk_kda_out` writes into given ones,
+`kda_cute::chunk_kda_backward` makes the gradients. What they do is what `ops.run` does. A call that is neither traced
+nor differentiated does not come here: the way through torch's dispatcher takes longer than the call.
+
+There are no backward kernels yet. Gradients are those of the same forward, run again by fla's Triton kernels where fla
+is installed and has them, else by the chunked reference in fp32 (fp64 for fp64 inputs), which keeps all of its
+intermediate results: about 30 KiB a token and head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import contract
+from .reference.chunked import chunked
+
+_log = logging.getLogger("kda_cute")
+
+DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+
+# Written out, because torch 2.4 makes no schema of annotations that are strings.
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float? scale, Tensor? initial_state, "
+    "bool output_final_state, bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, bool use_beta_sigmoid_in_kernel, "
+    "bool allow_neg_eigval, bool safe_gate, float? lower_bound, bool state_v_first, Tensor? cu_seqlens, "
+    "Tensor? A_log, Tensor? dt_bias, str? backend"
+)
+ARGUMENTS = tuple(argument.split()[1] for argument in _ARGUMENTS.split(", "))
+
+
+@torch.library.custom_op("kda_cute::chunk_kda", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+def chunk_kda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(o, final state), which is empty if it is not asked for."""
+    o, S = _ops().run(*arguments)
+    return o, o.new_empty(0, dtype=torch.float32) if S is None else S
+
+
+@chunk_kda.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = dict(zip(ARGUMENTS, arguments, strict=True))
+    v, shape = call["v"], _state_shape(call)
+    o = v.new_empty(v.shape)
+    if not call["output_final_state"]:
+        return o, v.new_empty(0, dtype=torch.float32)
+    return o, v.new_empty(shape, dtype=_state_dtype(v))
+
+
+@torch.library.custom_op(
+    "kda_cute::chunk_kda_out",
+    mutates_args=("out", "final_state"),
+    schema=f"({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? final_state) -> ()",
+)
+def chunk_kda_out(*arguments: Any) -> None:
+    _ops().run(*arguments)
+
+
+@chunk_kda_out.register_fake
+def _(*arguments: Any) -> None:
+    contract.check_named(dict(zip((*ARGUMENTS, "out", "final_state"), arguments, strict=True)))
+
+
+@torch.library.custom_op(
+    "kda_cute::chunk_kda_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor? dht, {_ARGUMENTS}, bool[] wanted) -> Tensor[]",
+)
+def chunk_kda_backward(do: Tensor, dht: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """Gradients of what is `wanted` of DIFFERENTIABLE, in that order; an empty tensor for the others."""
+    *arguments, wanted = arguments  # type: ignore[assignment]
+    call = dict(zip(ARGUMENTS, arguments, strict=True))
+    call["output_final_state"] = dht is not None
+    leaves = {}
+    with _autograd():
+        for name, is_wanted in zip(DIFFERENTIABLE, wanted, strict=True):
+            if is_wanted:
+                leaves[name] = call[name] = call[name].detach().requires_grad_()
+        o, S = _again(call)
+        outputs, gradients = [o], [do]
+        if S is not None and dht is not None:
+            outputs, gradients = [o, S], [do, dht]
+        made = torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True)
+    found = dict(zip(leaves, made, strict=True))
+    return [_gradient(call, name, found.get(name)) if name in leaves else do.new_empty(0) for name in DIFFERENTIABLE]
+
+
+@chunk_kda_backward.register_fake
+def _(do: Tensor, dht: Tensor | None, *arguments: Any) -> list[Tensor]:
+    *arguments, wanted = arguments  # type: ignore[assignment]
+    call = dict(zip(ARGUMENTS, arguments, strict=True))
+    return [
+        call[name].new_empty(call[name].shape) if is_wanted else do.new_empty(0)
+        for name, is_wanted in zip(DIFFERENTIABLE, wanted, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    call = dict(zip(ARGUMENTS, inputs, strict=True))
+    ctx.save_for_backward(*(call.pop(name) for name in (*DIFFERENTIABLE, "cu_seqlens")))
+    ctx.flags = call
+
+
+def _backward(ctx: Any, do: Tensor, dht: Tensor) -> tuple[Tensor | None, ...]:
+    call = {**ctx.flags, **dict(zip((*DIFFERENTIABLE, "cu_seqlens"), ctx.saved_tensors, strict=True))}
+    wanted = [ctx.needs_input_grad[ARGUMENTS.index(name)] for name in DIFFERENTIABLE]
+    arguments = [call[name] for name in ARGUMENTS]
+    made = chunk_kda_backward(do, dht if call["output_final_state"] else None, *arguments, wanted)
+    gradients = {name: x for name, x, is_wanted in zip(DIFFERENTIABLE, made, wanted, strict=True) if is_wanted}
+    return tuple(gradients.get(name) for name in ARGUMENTS)
+
+
+chunk_kda.register_autograd(_backward, setup_context=_setup_context)
+
+
+def traced(arguments: tuple[Any, ...], out: Tensor | None, final_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A call of `ops.run` as one operator."""
+    call = dict(zip(ARGUMENTS, arguments, strict=True))
+    call["q"], call["k"], call["v"] = contract.autocast(call["q"], call["k"], call["v"])
+    if out is None and final_state is None:
+        o, S = torch.ops.kda_cute.chunk_kda(*call.values())
+        return o, S if call["output_final_state"] else None
+    if wants_grad(call):
+        refuse_outputs(call)
+    v = call["v"]
+    if out is None:
+        out = v.new_empty(v.shape)
+    if final_state is None and call["output_final_state"]:
+        final_state = v.new_empty(_state_shape(call), dtype=_state_dtype(v))
+    torch.ops.kda_cute.chunk_kda_out(*call.values(), out, final_state)
+    return out, final_state
+
+
+def wants_grad(call: dict[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in map(call.get, DIFFERENTIABLE))
+
+
+def refuse_outputs(call: dict[str, Any]) -> NoReturn:
+    contract.refuse_grad(
+        "out and final_state must be None, autograd cannot follow a write into them",
+        **{name: call[name] for name in DIFFERENTIABLE},
+    )
+
+
+# ---- the pieces
+
+
+def _ops() -> Any:
+    from . import ops  # which imports this
+
+    return ops
+
+
+def _state_dtype(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def _state_shape(call: dict[str, Any]) -> tuple[int, ...]:
+    """Checks a call, all but values."""
+    _, _, _, HV, K, V, N = contract.check_named(call)
+    return (N, HV, V, K) if call["state_v_first"] else (N, HV, K, V)
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside an operator, which torch runs with it switched off."""
+    key = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(key.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(key.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def _again(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The forward pass, by something that autograd can follow."""
+    q = call["q"]
+    if call["backend"] != "reference" and q.is_cuda:
+        fla_chunk_kda = _fla()
+        if fla_chunk_kda is not None and q.shape[-1] <= 256:
+            options = {name: x for name, x in call.items() if name not in (*DIFFERENTIABLE, "backend")}
+            state, A_log, dt_bias = (x if x is None else x.float() for x in map(call.get, DIFFERENTIABLE[5:]))
+            return fla_chunk_kda(
+                *(call[name] for name in DIFFERENTIABLE[:5]), initial_state=state,
+                A_log=A_log if A_log is None else A_log.flatten(),
+                dt_bias=dt_bias if dt_bias is None else dt_bias.flatten(), **options,
+            )  # fmt: skip
+    options = {name: x for name, x in call.items() if name != "backend"}
+    with torch.autocast(q.device.type, enabled=False):
+        o, S = chunked(**options, dtype=_state_dtype(q))
+    return o.to(q.dtype), S
+
+
+@functools.cache
+def _fla() -> Any:
+    """fla's chunk_kda, or None. Older versions than 0.6 take arguments that they then ignore."""
+    try:
+        version = importlib.metadata.version("fla-core")
+        if tuple(map(int, version.split(".")[:2])) < (0, 6):
+            raise ImportError(f"fla-core {version} is older than 0.6")
+        from fla.ops.kda import chunk_kda
+    except (ImportError, ValueError) as error:
+        _log.warning(
+            "gradients are made by the chunked reference, slowly; fla-core >= 0.6 makes them faster: %s", error
+        )
+        return None
+    return chunk_kda
+
+
+def _gradient(call: dict[str, Any], name: str, gradient: Tensor | None) -> Tensor:
+    """As the fake function says it is; zero for tokens that no sequence has, which fla leaves as they were."""
+    x, cu_seqlens = call[name], call["cu_seqlens"]
+    if gradient is None:
+        return x.new_zeros(x.shape)
+    if cu_seqlens is not None and name in DIFFERENTIABLE[:5]:
+        token = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.dim() - 2))
+        gradient = torch.where(token < cu_seqlens[-1], gradient, 0)
+    return gradient.contiguous()
