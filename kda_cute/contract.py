@@ -187,9 +187,6 @@ def not_served(
     q: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
-    use_gate_in_kernel: bool,
-    safe_gate: bool,
-    lower_bound: float | None,
 ) -> str | None:
     """What of a call that is right the GPU kernel does not have, yet."""
     if K != HEAD_DIM:
@@ -204,11 +201,6 @@ def not_served(
         return f"g is {_name(g.dtype)}: must be bfloat16 or float32"
     if beta.dtype not in _BF16_FP32:
         return f"beta is {_name(beta.dtype)}: must be bfloat16 or float32"
-    if use_gate_in_kernel:
-        if lower_bound is None:
-            return "lower_bound is None: must be in [-5, 0), the softplus gate is not served"
-    elif not safe_gate:
-        return "safe_gate is False: must be True, a promise that g, the log decay, is in [-5, 0]"
     return None
 
 

@@ -88,8 +88,5 @@ def _why_not(call: dict[str, Any]) -> str | None:
     q = call["q"]
     if not (q.is_cuda and _is_hopper(q.get_device())):
         return f"kda_cute needs a Hopper GPU: q is on {q.device}"
-    why_not = contract.not_served(
-        H, HV, K, V, q, call["g"], call["beta"], bool(call.get("use_gate_in_kernel")), bool(call.get("safe_gate")),
-        call.get("lower_bound"),
-    )  # fmt: skip
+    why_not = contract.not_served(H, HV, K, V, q, call["g"], call["beta"])
     return why_not and f"kda_cute: {why_not}"

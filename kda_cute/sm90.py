@@ -78,7 +78,9 @@ def prepare(
     longest = B * T if packed else T
     room = workspace_bytes(longest, n, H, packed, split, sms)
     g_dtype: Literal["bf16", "fp32"] = "bf16" if g.dtype is torch.bfloat16 else "fp32"
-    gate: Literal["safe", "log"] = "safe" if use_gate_in_kernel else "log"
+    gate: Literal["safe", "softplus", "log"] = "log"
+    if use_gate_in_kernel:
+        gate = "softplus" if lower_bound is None else "safe"
     build = None
     if room and builds_maps(longest, H, n, packed, split, sms):
         build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval))

@@ -61,7 +61,7 @@ class KdaBuildSm90(KdaFwdSm90):
         self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
         self.gate_warps = 2
         self.threads = 640
-        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 64, 64, 80, 152
+        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 72, 64, 88, 144
 
     @cute.jit
     def __call__(

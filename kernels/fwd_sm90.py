@@ -129,7 +129,7 @@ class KdaFwdSm90:
         self.stage_bytes = self.at_v + self.v_boxes * BOX
         self.sent_bytes = self.at_v
         self.queries = True
-        # Frames of a chunk have an anchor each: 16 tokens that lose 2^-115 at most, or 8, whose anchors are even numbers.
+        # Frames of a chunk, 16 tokens that lose 2^-115 at most, or 8, have an anchor each, a multiple of step.
         self.frames, self.step = (2, 1) if config.gate == "safe" else (4, 2)
         self.prepare_wgs = 2 if config.v_split == 2 else 1
         # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
@@ -794,24 +794,25 @@ class KdaFwdSm90:
         # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
         # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
-        step = self.g_boxes // 2  # 16-channel columns at a time: a box of g, at least
-        ahead = step if self.g_type is BFloat16 else 0  # bf16: the next column is loaded before this one is stored
-        raw = self.raw_gates(sG, tile, 0, lane)
-        for kk0 in cutlass.range_constexpr(0, 4, step):
-            if const_expr(ahead == 0 and kk0 > 0):
-                raw = self.raw_gates(sG, tile, kk0, lane)
-            words = self.factors(raw, slope, bias_at + lane // 4 * 4, kk0)
-            if const_expr(ahead > 0 and kk0 + step < 4):
-                raw = self.raw_gates(sG, tile, kk0 + step, lane)
-            for i in cutlass.range_constexpr(2 * step):
-                w, kk = words[i], kk0 + i // 2
-                sums[i % 2] = ptx.mma_f16(
+        ahead = (
+            self.g_type is BFloat16
+        )  # the next column is loaded before this one is stored; fp32 takes more registers
+        raw = list(self.raw_gates(sG, tile, 0, lane)) if ahead else None
+        for kk in cutlass.range_constexpr(4):
+            if const_expr(not ahead):
+                raw = self.raw_gates(sG, tile, kk, lane)
+            words = self.factors(raw, slope, bias_at + lane // 4 * 4, kk)
+            if const_expr(ahead and kk < 3):
+                raw = list(self.raw_gates(sG, tile, kk + 1, lane))
+            for s in cutlass.range_constexpr(2):
+                w = words[s]
+                sums[s] = ptx.mma_f16(
                     (w[0], w[2], w[1], w[3]), self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1),
-                    sums[i % 2],
+                    sums[s],
                 )  # fmt: skip
             cute.arch.sync_warp()
-            for i in cutlass.range_constexpr(2 * step):
-                ptx.stmatrix_x4((tile ^ ((kk0 + i // 2) * 32)) + i % 2 * 2048, words[i], trans=True)
+            for s in cutlass.range_constexpr(2):
+                ptx.stmatrix_x4((tile ^ (kk * 32)) + s * 2048, words[s], trans=True)
         lam = self.log2_of_factor(lower_bound)
         for i in cutlass.range_constexpr(2):
             channel = lane % 4 * 16 + 8 * i + lane // 4
@@ -830,33 +831,32 @@ class KdaFwdSm90:
                 for box in cutlass.range_constexpr(self.g_boxes // 2):
                     ptx.sts_16(sG + box * BOX + (lane + 32 * j) * 16, no_decay)
 
-    def raw_gates(self, sG: Int32, tile: Int32, kk0: int, lane: Int32):
-        """g of both blocks of tokens, of the 16-channel columns kk0 and (fp32) kk0 + 1: by tile, register and token."""
-        out = []
-        for i in range(self.g_boxes):
-            kk, s = kk0 + i // 2, i % 2
+    def raw_gates(self, sG: Int32, tile: Int32, kk: int, lane: Int32):
+        """g of a 16-channel column, block of tokens by block: by register and token. In fp32 a row is as long as two of
+        the fp16 that take its place, column after column, always behind what is read."""
+        for s in range(2):
             if self.g_type is BFloat16:
-                out.append(ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True))
+                yield ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True)
                 continue
             raw = []
             for j in range(4):  # register j: tokens 8 (j % 2), channels 8 (j // 2)
                 word = (16 * kk + 8 * (j // 2)) % 32 + lane // 4
-                box = sG + (16 * kk + 8 * (j // 2)) // 32 * BOX
+                box = sG + kk // 2 * BOX
                 token = 16 * s + 8 * (j % 2) + lane % 4 * 2
                 raw.append([
                     ptx.lds_f32(box + t * 128 + (word % 4) * 4 + (((word // 4) ^ (t % 8)) * 16))
                     for t in (token, token + 1)
                 ])  # fmt: skip
-            out.append(raw)
-        return out
+            yield raw
 
-    def factors(self, raw, slope: Float32, bias_at: Int32, kk0: int):
+    def factors(self, raw, slope: Float32, bias_at: Int32, kk: int):
         """As operands B, fp16."""
-        out, bias = [], [Float32(0.0)] * 2
-        for i, r in enumerate(raw):
+        bias = [Float32(0.0)] * 2
+        if self.config.gate != "log":
+            bias = [ptx.lds_f32(bias_at + (16 * kk + 8 * nt) * 4) for nt in range(2)]
+        out = []
+        for r in raw:
             pairs = [(ptx.bf16_lo(x), ptx.bf16_hi(x)) for x in r] if self.g_type is BFloat16 else r
-            if i % 2 == 0 and self.config.gate != "log":
-                bias = [ptx.lds_f32(bias_at + (16 * (kk0 + i // 2) + 8 * nt) * 4) for nt in range(2)]
             out.append(tuple(ptx.pack_f16(*(self.factor(x, slope, bias[j // 2]) for x in pairs[j])) for j in range(4)))
         return out
 
@@ -1041,7 +1041,8 @@ class KdaFwdSm90:
 
     def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
         """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
-        tiles = [self.tile_of(tile_kq, tile_kr, s) for s in range(2)]
+        ahead = 2 if self.queries else 1  # without q there are fewer registers
+        tiles = [self.tile_of(tile_kq, tile_kr, s) for s in range(ahead)]
         offset, shifts, F = [], [], self.frames  # by half of the channels
         for nt in range(2):
             at = table + nt * 64
@@ -1058,7 +1059,7 @@ class KdaFwdSm90:
             to_end.append(self.times(to_end[-1], shifts[i]))
         before = []  # k 2^-x of 8 tokens each, as operands B, relative to the present frame's anchor
         for s in range(2):
-            g, k, q = tiles[s]
+            g, k, q = tiles[s] if s < ahead else self.tile_of(tile_kq, tile_kr, s)
             frame = [(2 * s + r) * F // 4 for r in range(2)]
             x = []
             for nt in range(2):
@@ -1093,8 +1094,9 @@ class KdaFwdSm90:
 
     def product_into(self, acc: cute.Tensor, quad: int, a, b) -> None:
         """Adds 8 rows of k and 8 of q, times 8 of k, of 16 channels, to a block of A and M."""
-        out = ptx.mma_bf16(a, *b, tuple(acc[4 * quad + i] for i in range(4)))
-        for i in range(4):
+        used = 4 if self.queries else 2
+        out = ptx.mma_bf16(a, *b, tuple(acc[4 * quad + i] if i < used else Float32(0.0) for i in range(4)))
+        for i in range(used):
             acc[4 * quad + i] = out[i]
 
     def accumulators(self, acc: cute.Tensor):

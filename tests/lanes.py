@@ -7,9 +7,10 @@ do not talk. It shows that fragments, tables and swizzles fit together and what 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,6 @@ class Warp:
     def __init__(self, size: int = 1 << 16):
         self.memory = np.zeros(size, np.uint8)
         self.lanes = LANES
-
-    @contextmanager
-    def each(self) -> Iterator[Any]:
-        """Lane by lane."""
-        yield range(32)
 
     # ---- shared memory
 
@@ -194,6 +190,17 @@ class Warp:
         return ((d << 23) + 0x3F800000 & 0xFFFFFFFF).astype(u32).view(f32)
 
 
+def copy_of(name: str) -> ModuleType:
+    """A module of its own with the same source: compiling a kernel rewrites the functions of the imported one."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    spec = importlib.util.spec_from_file_location(f"{name}_on_the_cpu", spec.origin)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextmanager
 def on_the_cpu(module: Any, warp: Warp) -> Iterator[None]:
     """The kernel's module with `warp` for its instructions; what stands in `cute.jit` runs as it is written."""
@@ -203,7 +210,7 @@ def on_the_cpu(module: Any, warp: Warp) -> Iterator[None]:
 
     arch = SimpleNamespace(sync_warp=lambda: None, shuffle_sync_bfly=shuffle)
     cutlass = SimpleNamespace(range_constexpr=range, min=min)
-    with pytest.MonkeyPatch.context() as m:
+    with pytest.MonkeyPatch.context() as m, np.errstate(all="ignore"):
         m.setattr(module, "ptx", warp)
         m.setattr(module, "cute", SimpleNamespace(arch=arch))
         m.setattr(module, "cutlass", cutlass)

@@ -282,7 +282,7 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         longest = max_tokens // max(n, 1)
         edge = [x for x in EDGE_LENGTHS if x <= longest]
         seq = (draw(st.one_of(st.sampled_from(edge), st.integers(0, longest))),) * n
-    gate = draw(st.sampled_from(("safe", "log") if served else ("safe", "log", "softplus")))
+    gate = draw(st.sampled_from(("safe", "log", "softplus")))
     beta_sigmoid = draw(st.booleans())
     states = (None, "bf16", "fp32")
     g_dtype = draw(st.sampled_from(("bf16", "fp32") if served else ("bf16", "fp32", "fp64")))
@@ -301,7 +301,7 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         g_dtype=g_dtype,
         beta_dtype=draw(st.sampled_from(("bf16", "fp32"))),
         gate=gate,
-        decay=draw(st.sampled_from(("strong", "weak", "mixed") + (() if served and gate == "log" else ("extreme",)))),
+        decay=draw(st.sampled_from(("strong", "weak", "mixed", "extreme"))),
         lower_bound=draw(st.sampled_from((-5.0, -5.0, -1.0, -0.25, -2.5))),
         A_log=draw(st.booleans()),
         dt_bias=draw(st.sampled_from((None, "flat", "heads"))),

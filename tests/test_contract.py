@@ -262,8 +262,6 @@ NOT_SERVED = {
     "fp32": (Case(1, (T,), H=H, dtype="fp32"), {}, "q, k and v are float32: must be bfloat16"),
     "g": (Case(1, (T,), H=H, g_dtype="fp64"), {}, "g is float64: must be bfloat16 or float32"),
     "beta": (Case(1, (T,), H=H, beta_dtype="fp16"), {}, "beta is float16: must be bfloat16 or float32"),
-    "softplus": (SOFTPLUS, dict(safe_gate=False), r"lower_bound is None: must be in \[-5, 0\)"),
-    "unbounded": (LOG, dict(safe_gate=False), r"safe_gate is False: must be True"),
 }
 
 

@@ -22,7 +22,8 @@ from tests.test_contract import OnGpu, kernel, on_gpu  # noqa: F401
 H, D, T = 2, 128, 20
 SAFE = Case(1, (T,), H=H, initial_state="fp32", final_state="new", state_v_first=True)
 PACKED = Case(1, (7, 13), "int64", H=H, initial_state="fp32", final_state="new")
-LOG = Case(1, (T,), H=H, gate="log", decay="strong")
+LOG = Case(1, (T,), H=H, gate="log", decay="extreme")
+SOFTPLUS = Case(1, (T,), H=H, gate="softplus", decay="extreme", initial_state="fp32")
 
 
 def stand_in() -> dict[str, ModuleType]:
@@ -87,7 +88,7 @@ def case_arguments(case: Case = SAFE, **changes: Any) -> dict[str, Any]:
     return {**on_gpu(make(case).kwargs), **changes}
 
 
-@pytest.mark.parametrize("case", [SAFE, PACKED, LOG], ids=["safe", "packed", "log"])
+@pytest.mark.parametrize("case", [SAFE, PACKED, LOG, SOFTPLUS], ids=["safe", "packed", "log", "softplus"])
 def test_calls_go_to_the_kernel(case: Case, fla: Any, kernel: list[Any]) -> None:  # noqa: F811
     kwargs = case_arguments(case)
     assert fla.verify(**kwargs) == (True, None)
@@ -121,8 +122,6 @@ DECLINED: dict[str, tuple[Case, dict[str, Any], str]] = {
     "K": (Case(1, (T,), H=H, K=64), {}, "q has K = 64: must be 128$"),
     "HV": (Case(1, (T,), H=H, group=2), {}, "v has HV = 4: must be H = 2"),
     "fp16": (Case(1, (T,), H=H, dtype="fp16"), {}, "q, k and v are float16"),
-    "softplus": (Case(1, (T,), H=H, gate="softplus"), {}, "the softplus gate is not served$"),
-    "unbounded": (LOG, dict(safe_gate=False), "safe_gate is False"),
     "lower bound": (SAFE, dict(lower_bound=-7.0, safe_gate=False), r"lower_bound is -7.0: must be in \[-5, 0\)"),
     "shape": (SAFE, dict(beta=torch.zeros(1, T, H + 1)), "beta has shape"),
     "intermediate": (SAFE, dict(return_intermediate_states=True), "intermediate states"),

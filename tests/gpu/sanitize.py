@@ -12,6 +12,7 @@ import itertools
 import torch
 
 from kda_cute import chunk_kda, ops, sm90
+from kda_cute.kernels.config import GATES
 
 LENGTHS = (0, 1, 15, 16, 17, 32, 33, 0, 70, 200)
 H, D = 2, 128
@@ -19,12 +20,12 @@ BOUND = 6e-3
 
 
 def call(
-    g_dtype: torch.dtype, in_kernel: bool, neg_eigval: bool, varlen: bool, state_dtype: torch.dtype,
+    g_dtype: torch.dtype, gate: str, neg_eigval: bool, varlen: bool, state_dtype: torch.dtype,
     state_v_first: bool, decay: str,
 ) -> float:  # fmt: skip
     B, T = (1, sum(LENGTHS) + 5) if varlen else (2, 270)
     N = len(LENGTHS) if varlen else B
-    cuda = {"device": "cuda"}
+    cuda, in_kernel = {"device": "cuda"}, gate != "log"
     q, k, v = (torch.randn(B, T, H, D, **cuda).bfloat16() for _ in range(3))
     beta = torch.randn(B, T, H, **cuda).to(g_dtype)
     g = torch.randn(B, T, H, D, **cuda)
@@ -33,7 +34,7 @@ def call(
     cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)], **cuda) if varlen else None
     arguments = dict(
         initial_state=state, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=neg_eigval,
-        use_gate_in_kernel=in_kernel, safe_gate=True, lower_bound=-5.0 if in_kernel else None, cu_seqlens=cu_seqlens,
+        use_gate_in_kernel=in_kernel, lower_bound=-5.0 if gate == "safe" else None, cu_seqlens=cu_seqlens,
         state_v_first=state_v_first, A_log=torch.rand(H, **cuda) if in_kernel else None,
         dt_bias=torch.rand(H, D, **cuda) if in_kernel else None,
     )  # fmt: skip
@@ -53,9 +54,9 @@ def call(
 
 def main() -> None:
     torch.manual_seed(0)
-    cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), (True, False), (False, True), (True, False))
+    cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), GATES, (False, True), (True, False))
     cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder
-    for i, (split, g_dtype, in_kernel, neg_eigval, varlen) in enumerate(cases):
+    for i, (split, g_dtype, gate, neg_eigval, varlen) in enumerate(cases):
         sm90.v_split = lambda *_, split=split: split
         # so few that items are cut, so many that they are segments
         sm90._sm_count = lambda _, few=varlen: 4 if few else 132
@@ -63,9 +64,9 @@ def main() -> None:
         ops._known.clear()
         state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
         decay = "strong" if varlen else ("strong", "weak", "huge state")[i % 3]
-        error = call(g_dtype, in_kernel, neg_eigval, varlen, state_dtype, state_v_first, decay)
+        error = call(g_dtype, gate, neg_eigval, varlen, state_dtype, state_v_first, decay)
         print(
-            f"{split=} {g_dtype=} {in_kernel=} {neg_eigval=} {varlen=} {decay=} {state_dtype=} "
+            f"{split=} {g_dtype=} {gate=} {neg_eigval=} {varlen=} {decay=} {state_dtype=} "
             f"{state_v_first=} error {error:.1e}", flush=True,
         )  # fmt: skip
         assert error < BOUND

@@ -136,7 +136,7 @@ def test_call(case: Case) -> None:
 LENGTHS = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 
 
-@pytest.mark.parametrize("gate", ["safe", "log"])
+@pytest.mark.parametrize("gate", ["safe", "softplus", "log"])
 @pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("cu_seqlens", ["int32", "int64"])
 def test_every_length_at_once(gate: str, g_dtype: str, cu_seqlens: str) -> None:
@@ -145,7 +145,7 @@ def test_every_length_at_once(gate: str, g_dtype: str, cu_seqlens: str) -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("gate", ["safe", "log"])
+@pytest.mark.parametrize("gate", ["safe", "softplus", "log"])
 def test_every_length_as_a_batch(length: int, gate: str) -> None:
     check(Case(15, (length,) * 3, H=2, gate=gate, initial_state="bf16", final_state="bf16", out=True))
 
@@ -181,7 +181,10 @@ def test_more_sequences_than_a_grid_is_high() -> None:
 GATES = pytest.mark.parametrize("gates, bound", [("strong", 4.2e-3), ("weak", 5.0e-3), ("mixed", 5.0e-3)])
 
 
-def errors(T: int, H: int, gates: str, g_dtype: str, state: bool, reference: Callable[..., Any]) -> tuple[float, float]:
+def errors(
+    T: int, H: int, gates: str, g_dtype: str, state: bool, reference: Callable[..., Any],
+    lower_bound: float | None = -5.0,
+) -> tuple[float, float]:  # fmt: skip
     """Of o and the final state. strong: g, A_log, dt_bias of FlashKDA's benchmark."""
     D = 128
     generator = torch.Generator(DEVICE).manual_seed(19)
@@ -194,12 +197,14 @@ def errors(T: int, H: int, gates: str, g_dtype: str, state: bool, reference: Cal
 
     q, k, v, beta = (x.bfloat16() for x in (*randn(3, 1, T, H, D), randn(1, T, H)))
     g = randn(1, T, H, D).to(DTYPES[g_dtype])
-    A_log = rand(H) if gates == "strong" else torch.zeros(H, device=DEVICE)
+    A_log = torch.zeros(H, device=DEVICE)
+    if gates == "strong":
+        A_log = rand(H) if lower_bound else torch.linspace(0, math.log(200), H, device=DEVICE)
     dt_bias = {"strong": rand(H, D), "weak": torch.full((H, D), -8.0, device=DEVICE), "mixed": 12 * rand(H, D) - 10}
     kwargs: dict[str, Any] = dict(
         q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias[gates], use_qk_l2norm_in_kernel=True,
-        use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True, lower_bound=-5.0,
-        state_v_first=True, initial_state=randn(1, H, D, D) if state else None, output_final_state=True,
+        use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, lower_bound=lower_bound, state_v_first=True,
+        initial_state=randn(1, H, D, D) if state else None, output_final_state=True,
     )  # fmt: skip
     o, S = chunk_kda(**kwargs)
     o_ref, S_ref = reference(**kwargs)
@@ -215,6 +220,20 @@ def test_accuracy(gates: str, bound: float, g_dtype: str, state: bool, capsys: p
     error = errors(2048, 4, gates, g_dtype, state, recurrence)
     with capsys.disabled():
         setting = f"{gates} gates, g {g_dtype}, {'with' if state else 'no'} initial state"
+        print(f"\n  {setting}: o {error[0]:.2e}, final state {error[1]:.2e}, at most {bound:.1e}", end="")
+    assert max(error) <= bound
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["no-state", "state"])
+@pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
+@GATES
+def test_accuracy_without_a_lower_bound(
+    gates: str, bound: float, g_dtype: str, state: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The softplus gate, strong: exp(A_log) from 1 to 200."""
+    error = errors(2048, 4, gates, g_dtype, state, recurrence, lower_bound=None)
+    with capsys.disabled():
+        setting = f"{gates} softplus gates, g {g_dtype}, {'with' if state else 'no'} initial state"
         print(f"\n  {setting}: o {error[0]:.2e}, final state {error[1]:.2e}, at most {bound:.1e}", end="")
     assert max(error) <= bound
 
@@ -502,7 +521,7 @@ def test_states_past_2_to_the_31_elements(state_v_first: bool) -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "initial_state"])
-@pytest.mark.parametrize("gate", ["safe", "log"])
+@pytest.mark.parametrize("gate", ["safe", "softplus", "log"])
 def test_nan_stays_in_its_sequence_and_head(gate: str, name: str, poison: float) -> None:
     case = Case(23, (40, 75, 1, 33), "int64", H=3, gate=gate, initial_state="fp32", final_state="new")
     call = make(case, DEVICE)
@@ -555,7 +574,7 @@ BAD_CUTS_64 = {"past-int32": [0, 2**33 + 5, 2**40, 2**62], "below-int32": [0, -(
         for name, cuts in table.items()
     ],
 )
-@pytest.mark.parametrize("gate", ["safe", "log"])
+@pytest.mark.parametrize("gate", ["safe", "softplus", "log"])
 def test_bad_cu_seqlens(gate: str, dtype: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing out of bounds is written and nothing hangs; KDA_CUTE_CHECK=1 finds it."""
     case = Case(25, (50, 30, 20), dtype, H=3, gate=gate, initial_state="fp32", final_state="fp32", out=True)
