@@ -180,8 +180,6 @@ def check_scale(scale: float | None, K: int) -> float:
 
 
 def not_served(
-    H: int,
-    HV: int,
     K: int,
     V: int,
     q: torch.Tensor,
@@ -193,8 +191,6 @@ def not_served(
         return f"q has K = {K}: must be {HEAD_DIM}"
     if V != HEAD_DIM:
         return f"v has V = {V}: must be {HEAD_DIM}"
-    if HV != H:
-        return f"v has HV = {HV}: must be H = {H}; grouped values are not served"
     if q.dtype != torch.bfloat16:
         return f"q, k and v are {_name(q.dtype)}: must be bfloat16"
     if g.dtype not in _BF16_FP32:

@@ -82,11 +82,11 @@ def _why_not(call: dict[str, Any]) -> str | None:
         return "kda_cute has no backward kernels, and fla's need what fla's forward keeps"
     try:
         v_first = call.get("state_v_first") or call.get("transpose_state_layout")
-        _, _, H, HV, K, V, _ = contract.check_named({**call, "state_v_first": v_first})
+        *_, K, V, _ = contract.check_named({**call, "state_v_first": v_first})
     except (TypeError, ValueError) as error:
         return f"kda_cute: {error}"  # if fla does not take it either, fla says so
     q = call["q"]
     if not (q.is_cuda and _is_hopper(q.get_device())):
         return f"kda_cute needs a Hopper GPU: q is on {q.device}"
-    why_not = contract.not_served(H, HV, K, V, q, call["g"], call["beta"])
+    why_not = contract.not_served(K, V, q, call["g"], call["beta"])
     return why_not and f"kda_cute: {why_not}"

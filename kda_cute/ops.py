@@ -147,7 +147,7 @@ def run(
                 return o, S
 
     q, k, v = contract.autocast(q, k, v)
-    B, T, H, HV, K, V, N = contract.check_call(
+    B, T, _, HV, K, V, N = contract.check_call(
         q,
         k,
         v,
@@ -169,7 +169,7 @@ def run(
     scale = contract.check_scale(scale, K)
     reference = _takes_reference(q, backend)
     if not reference:
-        why_not = contract.not_served(H, HV, K, V, q, g, beta)
+        why_not = contract.not_served(K, V, q, g, beta)
         if why_not:
             raise NotImplementedError(f'{why_not} on the GPU; backend="reference" serves it, slowly')
     call = dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)

@@ -41,7 +41,7 @@ from .fwd_sm90 import (
     C,
     D,
     KdaFwdSm90,
-    fake_tensor,
+    fake_tensors,
 )
 
 ROWS = 16  # of the state, in a block of `chain`
@@ -67,7 +67,7 @@ class KdaBuildSm90(KdaFwdSm90):
     def __call__(
         self,
         mK: cute.Tensor,  # [B, T, H, K]
-        mV: cute.Tensor,
+        mV: cute.Tensor,  # [B, T, HV, V]
         mG: cute.Tensor,
         beta: Int64,  # addresses, as in KdaFwdSm90
         A_log: Int64,
@@ -275,7 +275,8 @@ class KdaBuildSm90(KdaFwdSm90):
         stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.rank()
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
-            sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bK)
+            h_k = h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
+            sK_, gK = self.boxes_of(k_tma, mK[None, None, h_k, b], start, 64, bK)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
             sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
             chunks = tokens // C
@@ -519,10 +520,9 @@ class KdaBuildSm90(KdaFwdSm90):
 def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaBuildSm90(config)
-    shape = tuple(cute.sym_int() for _ in range(3))
-    k, v, g = (fake_tensor(dtype, shape) for dtype in (BFloat16, BFloat16, kernel.g_type))
+    tensors = fake_tensors(BFloat16, None, BFloat16, kernel.g_type)
     return cute.compile(
-        kernel, k, v, g, *([Int64(0)] * 6), Int32(0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *tensors, *([Int64(0)] * 6), Int32(0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -148,7 +148,7 @@ class KdaFwdSm90:
         self,
         mQ: cute.Tensor,  # [B, T, H, K]
         mK: cute.Tensor,
-        mV: cute.Tensor,
+        mV: cute.Tensor,  # [B, T, HV, V]; from here on heads are those of values, and H is HV
         mG: cute.Tensor,
         mO: cute.Tensor,
         beta: Int64,  # addresses: [B, T, H] bf16 or fp32
@@ -617,9 +617,9 @@ class KdaFwdSm90:
         n: Int32,
     ):  # fmt: skip
         (q_tma, mQ, bKQ), (k_tma, mK, _), (v_tma, mV, bV), (g_tma, mG, bG) = tiles
-        vs = self.rank()
-        sK_, gK = self.boxes_of(k_tma, mK[None, None, h, b], start, 64, bKQ)
-        sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h, b], start, 64, bKQ)
+        vs, h_qk = self.rank(), h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
+        sK_, gK = self.boxes_of(k_tma, mK[None, None, h_qk, b], start, 64, bKQ)
+        sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h_qk, b], start, 64, bKQ)
         sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
         sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
         chunks = cute.ceil_div(tokens, C)
@@ -1744,18 +1744,24 @@ class KdaFwdSm90:
                 ptx.stg_u32x4((row.iterator + (vs * 64 + piece * 8)).toint(), words)
 
 
+def fake_tensors(*dtypes):
+    """[B, T, HV, D] with any strides that TMA takes; those before None have H heads."""
+    B, T, H, HV = (cute.sym_int() for _ in range(4))
+    at = dtypes.index(None)
+    return [fake_tensor(x, (B, T, H if i < at else HV)) for i, x in enumerate(dtypes) if x is not None]
+
+
 def fake_tensor(dtype, shape):
-    """[*shape, D] with any strides that TMA takes."""
     stride = (*(cute.sym_int64(divisibility=128 // dtype.width) for _ in range(3)), 1)  # 16 bytes
     return cute.runtime.make_fake_tensor(dtype, (*shape, D), stride, assumed_align=16)
 
 
 def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
-    kernel, shape = KdaFwdSm90(config), tuple(cute.sym_int() for _ in range(3))
-    q, k, v, g, o = (fake_tensor(dtype, shape) for dtype in (*[BFloat16] * 3, kernel.g_type, BFloat16))
+    kernel = KdaFwdSm90(config)
+    tensors = fake_tensors(BFloat16, BFloat16, None, BFloat16, kernel.g_type, BFloat16)
     return cute.compile(
-        kernel, q, k, v, g, o, *([Int64(0)] * 7), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *tensors, *([Int64(0)] * 7), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -23,7 +23,7 @@ H, D, T = 2, 128, 20
 SAFE = Case(1, (T,), H=H, initial_state="fp32", final_state="new", state_v_first=True)
 PACKED = Case(1, (7, 13), "int64", H=H, initial_state="fp32", final_state="new")
 LOG = Case(1, (T,), H=H, gate="log", decay="extreme")
-SOFTPLUS = Case(1, (T,), H=H, gate="softplus", decay="extreme", initial_state="fp32")
+SOFTPLUS = Case(1, (T,), H=H, group=3, gate="softplus", decay="extreme", initial_state="fp32")
 
 
 def stand_in() -> dict[str, ModuleType]:
@@ -120,7 +120,6 @@ def test_what_fla_ignores_is_ignored(fla: Any, kernel: list[Any]) -> None:  # no
 DECLINED: dict[str, tuple[Case, dict[str, Any], str]] = {
     "cpu": (SAFE, dict(q=torch.zeros(1, T, H, D, dtype=torch.bfloat16)), "needs a Hopper GPU: q is on cpu"),
     "K": (Case(1, (T,), H=H, K=64), {}, "q has K = 64: must be 128$"),
-    "HV": (Case(1, (T,), H=H, group=2), {}, "v has HV = 4: must be H = 2"),
     "fp16": (Case(1, (T,), H=H, dtype="fp16"), {}, "q, k and v are float16"),
     "lower bound": (SAFE, dict(lower_bound=-7.0, safe_gate=False), r"lower_bound is -7.0: must be in \[-5, 0\)"),
     "shape": (SAFE, dict(beta=torch.zeros(1, T, H + 1)), "beta has shape"),

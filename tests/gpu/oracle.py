@@ -57,8 +57,8 @@ def truth(call: Call) -> Truth:
         kwargs["initial_state"] = kwargs["initial_state"].repeat(1, copies, 1, 1)
     o, S = chunked(**kwargs)
     assert S is not None
-    typical = o[:, :, case.H :].square().sum(-1).unflatten(2, (DIRECTIONS, case.H)).mean(2).sqrt()
-    return Truth(o[:, :, : case.H], typical, S[:, : case.H])
+    typical = o[:, :, case.HV :].square().sum(-1).unflatten(2, (DIRECTIONS, case.HV)).mean(2).sqrt()
+    return Truth(o[:, :, : case.HV], typical, S[:, : case.HV])
 
 
 def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
