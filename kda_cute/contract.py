@@ -48,6 +48,7 @@ def check_call(
     dt_bias: torch.Tensor | None,
     out: torch.Tensor | None,
     final_state: torch.Tensor | None,
+    state_indices: torch.Tensor | None = None,
 ) -> tuple[int, int, int, int, int, int, int]:
     """The contract of `chunk_kda` on every backend. Returns B, T, H, HV, K, V, N (sequences, B without cu_seqlens)."""
     Tensor = torch.Tensor
@@ -134,12 +135,27 @@ def check_call(
             raise ValueError(f"q has B = {B}: must be 1 with cu_seqlens, all sequences packed along T")
         N = cu_seqlens.numel() - 1
 
+    states = N
+    if state_indices is not None:
+        if not isinstance(state_indices, Tensor):
+            _not_tensor(state_indices=state_indices)
+        if state_indices.dtype is not torch.int32:
+            _bad_dtype("state_indices", state_indices.dtype, (torch.int32,))
+        if state_indices.shape != (N,):
+            _bad_shape("state_indices", state_indices.shape, f"[{N}], [N]")
+        if state_indices.device != device:
+            _bad_device(device, state_indices=state_indices)
+        if initial_state is None:
+            raise ValueError("initial_state is None: must be the pool of states that state_indices are of")
+        if isinstance(initial_state, Tensor) and initial_state.dim():
+            states = initial_state.shape[0]
     if initial_state is not None:
-        _check_state("initial_state", initial_state, dtype, device, N, HV, K, V, state_v_first)
+        _check_state("initial_state", initial_state, dtype, device, states, HV, K, V, state_v_first)
     if final_state is not None:
-        _check_state("final_state", final_state, dtype, device, N, HV, K, V, state_v_first)
+        _check_state("final_state", final_state, dtype, device, states, HV, K, V, state_v_first)
         if not final_state.is_contiguous():
-            raise ValueError(f"final_state has strides {final_state.stride()}: must be contiguous")
+            name = "initial_state, updated in place," if final_state is initial_state else "final_state"
+            raise ValueError(f"{name} has strides {final_state.stride()}: must be contiguous")
     if out is not None:
         if not isinstance(out, Tensor):
             _not_tensor(out=out)
@@ -216,6 +232,17 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> int:
     if cuts[-1] > T:
         raise ValueError(f"cu_seqlens[{len(cuts) - 1}] is {cuts[-1]}: must be at most T = {T}")
     return cuts[-1]
+
+
+def check_state_indices(state_indices: torch.Tensor, P: int) -> None:
+    """Values: below the number of states in the pool, negative for none, no state twice."""
+    seen: dict[int, int] = {}
+    for n, i in enumerate(state_indices.tolist()):
+        if i >= P:
+            raise ValueError(f"state_indices[{n}] is {i}: must be below P = {P}, or negative for no state")
+        if i >= 0 and i in seen:
+            raise ValueError(f"state_indices[{n}] is {i}: must not be that of state_indices[{seen[i]}] too")
+        seen[i] = n
 
 
 def check_log_decay(g: torch.Tensor, tokens: int) -> None:

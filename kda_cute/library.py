@@ -33,7 +33,7 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float? scale, Tensor? initial_state, "
     "bool output_final_state, bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, bool use_beta_sigmoid_in_kernel, "
     "bool allow_neg_eigval, bool safe_gate, float? lower_bound, bool state_v_first, Tensor? cu_seqlens, "
-    "Tensor? A_log, Tensor? dt_bias, str? backend"
+    "Tensor? A_log, Tensor? dt_bias, Tensor? state_indices, str? backend"
 )
 ARGUMENTS = tuple(argument.split()[1] for argument in _ARGUMENTS.split(", "))
 
@@ -145,7 +145,7 @@ def wants_grad(call: dict[str, Any]) -> bool:
 
 def refuse_outputs(call: dict[str, Any]) -> NoReturn:
     contract.refuse_grad(
-        "out and final_state must be None, autograd cannot follow a write into them",
+        "out, final_state and state_indices must be None, autograd cannot follow a write into what is there",
         **{name: call[name] for name in DIFFERENTIABLE},
     )
 
@@ -187,14 +187,14 @@ def _again(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     if call["backend"] != "reference" and q.is_cuda:
         fla_chunk_kda = _fla()
         if fla_chunk_kda is not None and q.shape[-1] <= 256:
-            options = {name: x for name, x in call.items() if name not in (*DIFFERENTIABLE, "backend")}
+            options = {name: x for name, x in call.items() if name not in (*DIFFERENTIABLE, "state_indices", "backend")}
             state, A_log, dt_bias = (x if x is None else x.float() for x in map(call.get, DIFFERENTIABLE[5:]))
             return fla_chunk_kda(
                 *(call[name] for name in DIFFERENTIABLE[:5]), initial_state=state,
                 A_log=A_log if A_log is None else A_log.flatten(),
                 dt_bias=dt_bias if dt_bias is None else dt_bias.flatten(), **options,
             )  # fmt: skip
-    options = {name: x for name, x in call.items() if name != "backend"}
+    options = {name: x for name, x in call.items() if name not in ("state_indices", "backend")}
     with torch.autocast(q.device.type, enabled=False):
         o, S = chunked(**options, dtype=_state_dtype(q))
     return o.to(q.dtype), S

@@ -43,6 +43,7 @@ def chunk_kda(
     *,
     A_log: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
     backend: str | None = None,
@@ -70,6 +71,9 @@ def chunk_kda(
             of the one batch entry. It starts at 0, never decreases and ends at T or before; o of tokens past its end is
             not written (and is whatever the memory held). The GPU path never reads it back to the host.
         A_log: [HV]. dt_bias: [HV * K] or [HV, K]. Both only with use_gate_in_kernel, both may be None with lower_bound.
+        state_indices: [N], int32. initial_state then is a pool of P states, [P, HV, ...]: sequence n begins with state
+            state_indices[n] and leaves its last one there, in place; with a negative index it begins with zero and
+            leaves none. No two sequences may have the same state. The final state in the result is the pool.
         out: o, in the dtype of q. final_state: the last states, contiguous, bf16 or fp32.
         backend: None takes "cute" for CUDA tensors and "reference" for all others. "reference" is torch on any device,
             in fp32 (fp64 for fp64 inputs).
@@ -91,8 +95,10 @@ def chunk_kda(
     arguments = (
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
-        backend,
+        state_indices, backend,
     )  # fmt: skip
+    if state_indices is not None and final_state is None:
+        final_state = initial_state
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return library.traced(arguments, out, final_state)
     return run(*arguments, out, final_state)
@@ -117,6 +123,7 @@ def run(
     cu_seqlens: torch.Tensor | None,
     A_log: torch.Tensor | None,
     dt_bias: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
     backend: str | None,
     out: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
@@ -124,14 +131,15 @@ def run(
     """`chunk_kda` for tensors that hold numbers."""
     grad = torch.is_grad_enabled()
     in_place = final_state is initial_state  # torch's guards refuse a tensor that comes twice
-    optional = (initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, out)
+    optional = (initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, state_indices, out)
     key: tuple | None
     try:
         key = (
             q.shape, cu_seqlens is not None and cu_seqlens.shape, grad, scale, lower_bound, backend,
             not output_final_state, not use_qk_l2norm_in_kernel, not use_gate_in_kernel,
             not use_beta_sigmoid_in_kernel, not allow_neg_eigval, not safe_gate, not state_v_first, in_place,
-            initial_state is None, final_state is None, A_log is None, dt_bias is None, out is None,
+            initial_state is None, final_state is None, A_log is None, dt_bias is None,
+            state_indices is None, out is None,
         )  # fmt: skip
         known = _known.get(key)
     except Exception:  # q is no tensor, scale has no hash ...: the checks say what is wrong
@@ -143,9 +151,11 @@ def run(
             S = final_state
             if S is None and output_final_state:
                 S = torch.empty(state_shape, dtype=torch.float32, device=q.device)
-            if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens):
+            if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens, state_indices):
                 return o, S
 
+    if state_indices is not None and final_state is None:
+        raise ValueError("final_state is None: must be a pool of states with state_indices")
     q, k, v = contract.autocast(q, k, v)
     B, T, _, HV, K, V, N = contract.check_call(
         q,
@@ -165,6 +175,7 @@ def run(
         dt_bias,
         out,
         final_state,
+        state_indices,
     )
     scale = contract.check_scale(scale, K)
     reference = _takes_reference(q, backend)
@@ -180,7 +191,7 @@ def run(
             o, state = library.chunk_kda(
                 q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
                 use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log,
-                dt_bias, backend,
+                dt_bias, state_indices, backend,
             )  # fmt: skip
             return o, state if output_final_state else None
 
@@ -189,9 +200,17 @@ def run(
         tokens = T if cu_seqlens is None else contract.check_cu_seqlens(cu_seqlens, T)
         if checked and safe_gate and not use_gate_in_kernel:
             contract.check_log_decay(g, tokens)
+        if state_indices is not None and initial_state is not None:
+            contract.check_state_indices(state_indices, initial_state.shape[0])
 
     if reference:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        kept = None
+        if state_indices is not None and initial_state is not None:
+            kept = state_indices >= 0
+            rows = initial_state.new_zeros(N, *initial_state.shape[1:])
+            rows[kept] = initial_state[state_indices[kept]]
+            initial_state = rows
         with torch.autocast(q.device.type, enabled=False):
             o, state = chunked(
                 q, k, v, g, beta, scale, initial_state, output_final_state or final_state is not None,
@@ -202,25 +221,30 @@ def run(
             out = o.to(q.dtype)
         else:
             out[:, :tokens].copy_(o[:, :tokens])
-        return out, state if final_state is None or state is None else final_state.copy_(state)
+        if final_state is None or state is None:
+            return out, state
+        if kept is not None and state_indices is not None:
+            final_state[state_indices[kept]] = state[kept].to(final_state.dtype)
+            return out, final_state
+        return out, final_state.copy_(state)
 
     state_shape = (N, HV, V, K) if state_v_first else (N, HV, K, V)
     if final_state is None and output_final_state:
         final_state = torch.empty(state_shape, dtype=torch.float32, device=q.device)
     o = torch.empty((B, T, HV, V), dtype=q.dtype, device=q.device) if out is None else out
     if T == 0 or N == 0:
-        if final_state is not None:
+        if final_state is not None and state_indices is None:
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
         return o, final_state
 
     launch = _sm90().prepare(
-        q, g, beta, initial_state, final_state, cu_seqlens, scale=scale,
+        q, g, beta, initial_state, final_state, cu_seqlens, state_indices, scale=scale,
         lower_bound=None if lower_bound is None else float(lower_bound),
         use_qk_l2norm_in_kernel=bool(use_qk_l2norm_in_kernel), use_gate_in_kernel=bool(use_gate_in_kernel),
         use_beta_sigmoid_in_kernel=bool(use_beta_sigmoid_in_kernel), allow_neg_eigval=bool(allow_neg_eigval),
         state_v_first=bool(state_v_first),
     )  # fmt: skip
-    asked = (q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens)
+    asked = (q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices)
     taken = (
         q if _tma_can_address(q, 8) else _copied("q", q),
         k if _tma_can_address(k, 8) else _copied("k", k),
@@ -235,6 +259,9 @@ def run(
         A_log if A_log is None else _parameter(A_log),
         dt_bias if dt_bias is None else _parameter(dt_bias),
         cu_seqlens if cu_seqlens is None or cu_seqlens.is_contiguous() else _copied("cu_seqlens", cu_seqlens),
+        state_indices
+        if state_indices is None or state_indices.is_contiguous()
+        else _copied("state_indices", state_indices),
     )
     if not launch(*taken):
         raise AssertionError("the kernel refuses what was copied for it")

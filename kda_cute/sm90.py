@@ -55,6 +55,7 @@ def prepare(
     initial_state: torch.Tensor | None,
     final_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
     *,
     scale: float,
     lower_bound: float | None,
@@ -66,8 +67,8 @@ def prepare(
 ) -> Callable[..., bool]:
     """The launch for all calls with the shapes, dtypes, device and flags of this one, which is validated and not empty.
 
-    launch(q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens) writes o and final_state. It
-    returns False and launches nothing if an address is not a multiple of 16 bytes.
+    launch(q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices) writes o and
+    final_state. It returns False and launches nothing if an address is not a multiple of 16 bytes.
     """
     device = q.get_device()
     sms = _sm_count(device)
@@ -97,7 +98,8 @@ def prepare(
         | CU_INT64 * (cu_seqlens is not None and cu_seqlens.dtype is torch.int64)
         | MAPS_BUILT * (build is not None)
     )
-    numbers = (n, scale, lower_bound or 0.0, flags, sms)
+    pool = n if initial_state is None else initial_state.shape[0]
+    numbers = (n, pool, scale, lower_bound or 0.0, flags, sms)
 
     def launch(
         q: torch.Tensor,
@@ -111,21 +113,23 @@ def prepare(
         A_log: torch.Tensor | None,
         dt_bias: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
+        state_indices: torch.Tensor | None,
     ) -> bool:
         initial = 0 if initial_state is None else initial_state.data_ptr()
         final = 0 if final_state is None else final_state.data_ptr()
         a_log = 0 if A_log is None else A_log.data_ptr()
         bias = 0 if dt_bias is None else dt_bias.data_ptr()
         cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
+        indices = 0 if state_indices is None else state_indices.data_ptr()
         by_tma = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
         if (by_tma | initial | final | a_log | bias) % 16:
             return False
         workspace = _workspace(device, room) if room else None
         handed = 0 if workspace is None else workspace.data_ptr()
-        arguments = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, cuts, handed, *numbers)
+        arguments = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, indices, cuts, handed, *numbers)
         with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
             if build is not None:
-                build(k, v, g, arguments[5], a_log, bias, initial, cuts, handed, n, lower_bound or 0.0, flags, sms)
+                build(k, v, g, *arguments[5:9], *arguments[10:13], n, pool, lower_bound or 0.0, flags, sms)
             kernel(*arguments)
         return True
 

@@ -73,9 +73,11 @@ class KdaBuildSm90(KdaFwdSm90):
         A_log: Int64,
         dt_bias: Int64,
         initial_state: Int64,
+        state_indices: Int64,
         cu_seqlens: Int64,
         workspace: Int64,
         N: Int32,
+        P: Int32,
         lower_bound: Float32,
         flags: Int32,
         workers: Int32,
@@ -106,7 +108,16 @@ class KdaBuildSm90(KdaFwdSm90):
             min_blocks_per_mp=1,
         )  # fmt: skip
         self.chain(
-            initial_state, cu_seqlens, workspace, items, cute.size(mG.shape[2]), cute.size(mG.shape[0]), workers, flags
+            initial_state,
+            state_indices,
+            P,
+            cu_seqlens,
+            workspace,
+            items,
+            cute.size(mG.shape[2]),
+            cute.size(mG.shape[0]),
+            workers,
+            flags,
         ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)
 
     # ------------------------------------------------------------------ the maps
@@ -404,8 +415,8 @@ class KdaBuildSm90(KdaFwdSm90):
 
     @cute.kernel
     def chain(
-        self, initial_state: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32, H: Int32, T: Int32,
-        workers: Int32, flags: Int32,
+        self, initial_state: Int64, state_indices: Int64, P: Int32, cu_seqlens: Int64, workspace: Int64, items: Int32,
+        H: Int32, T: Int32, workers: Int32, flags: Int32,
     ):  # fmt: skip
         """A block for ROWS rows of the states of an item, segment by segment, if it is the worker that has the item's
         first piece. The state that a segment begins with takes the place of the C before it."""
@@ -421,7 +432,7 @@ class KdaBuildSm90(KdaFwdSm90):
         begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
         if begin < end:
             numbers = self.find_piece(end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers)
-            nh, fate, last = numbers[5], numbers[6], numbers[7] // SPAN
+            nh, fate, last = self.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN
             any_given = Int32(0)
             if (fate & (COMPARED | SEGMENT)) == COMPARED:
                 for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
@@ -500,7 +511,7 @@ class KdaBuildSm90(KdaFwdSm90):
     def first_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, row: Int32, p: Int32, flags: Int32):
         for i in cutlass.range_constexpr(8):
             acc[i] = Float32(0.0)
-        if address != 0:
+        if (address != 0) & (nh >= 0):
             self.read_state(acc, address, nh, vs * 64 + row, p, flags)
 
     @cute.jit
@@ -522,7 +533,7 @@ def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
     kernel = KdaBuildSm90(config)
     tensors = fake_tensors(BFloat16, None, BFloat16, kernel.g_type)
     return cute.compile(
-        kernel, *tensors, *([Int64(0)] * 6), Int32(0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *tensors, *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

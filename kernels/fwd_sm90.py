@@ -156,9 +156,11 @@ class KdaFwdSm90:
         dt_bias: Int64,  # [H, K] fp32 or 0
         initial_state: Int64,  # [N, H, V, K] or [N, H, K, V], bf16 or fp32, or 0
         final_state: Int64,
+        state_indices: Int64,  # [N] int32: states are those of a pool, [P, H, ...], a negative one is none; or 0
         cu_seqlens: Int64,  # [N + 1] int32 or int64, or 0
         workspace: Int64,  # workspace_bytes of memory, or 0: no item is cut
         N: Int32,
+        P: Int32,
         scale: Float32,
         lower_bound: Float32,
         flags: Int32,
@@ -190,8 +192,9 @@ class KdaFwdSm90:
             grid = cutlass.min(items, workers) * self.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mO, beta, A_log, dt_bias, initial_state, final_state, cu_seqlens, workspace, items, workers, scale,
-            lower_bound, flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, cu_seqlens, workspace, items,
+            workers, scale, lower_bound, flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K),
+            mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,
@@ -208,8 +211,9 @@ class KdaFwdSm90:
         g_tma: cute.CopyAtom, mG: cute.Tensor,
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mO: cute.Tensor,
-        beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, cu_seqlens: Int64,
-        workspace: Int64, items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
+        beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, state_indices: Int64,
+        P: Int32, cu_seqlens: Int64, workspace: Int64,
+        items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         S = self.stages
@@ -271,8 +275,7 @@ class KdaFwdSm90:
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    work, settled, items, H, T, cu_seqlens, workspace, most_workers,
-                    flags,
+                    work, settled, items, H, T, state_indices, P, cu_seqlens, workspace, most_workers, flags,
                 )  # fmt: skip
             elif warp == 1:
                 self.invert(
@@ -546,8 +549,8 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        work, settled, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
-        most_workers: Int32, flags: Int32,
+        work, settled, items: Int32, H: Int32, T: Int32, state_indices: Int64, P: Int32, cu_seqlens: Int64,
+        workspace: Int64, most_workers: Int32, flags: Int32,
     ):  # fmt: skip
         """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
         the tensor arrive as zeros."""
@@ -576,6 +579,7 @@ class KdaFwdSm90:
                 found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.worker())
                 if const_expr(self.blocks == 1):
                     found = self.with_map(found, built)
+                found = *found[:5], self.pooled(found[5], H, state_indices, P), *found[6:]
             if nth > 0:
                 next_nh = found[5]
                 if (found[6] & ~(FINAL | HANDED_ON | COMPARED)) != 0:
@@ -588,6 +592,17 @@ class KdaFwdSm90:
         self.finish(
             count, segment, readers_end, tiles, raw_full, empty, stage, phase, n, work, settled, workspace, most_workers
         )
+
+    @cute.jit
+    def pooled(self, nh: Int32, H: Int32, state_indices: Int64, P: Int32):
+        """The number of a state in memory; -1 if it is not kept. Wrong indices give none."""
+        if state_indices != 0:
+            n = nh // H
+            i = ptx.ldg_i32(state_indices + Int64(n) * 4)
+            nh += (i - n) * H
+            if (i < 0) | (i >= P):
+                nh = Int32(-1)
+        return nh
 
     @cute.jit
     def with_map(self, found, built: Int32):
@@ -1396,7 +1411,7 @@ class KdaFwdSm90:
                 self.take_state(acc_s, place, source)
             elif (fate & (SEGMENT | KEPT)) == 0:
                 whence = initial_state
-                if (fate & WARM_UP) != 0:
+                if ((fate & WARM_UP) != 0) | (nh < 0):
                     whence = Int64(0)
                 self.load_state(acc_s, whence, nh, vs, flags)
             self.prefetch_state(initial_state, next_nh, vs, flags)
@@ -1490,7 +1505,7 @@ class KdaFwdSm90:
                     cute.arch.mbarrier_arrive(settled[0])
             if (fate & HANDED_ON) != 0:
                 self.hand_on_state(acc_s, place, fate, guessed, settled[1])
-            if (fate & FINAL) != 0:
+            if ((fate & FINAL) != 0) & (nh >= 0):
                 self.store_state(acc_s, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -1761,7 +1776,7 @@ def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     kernel = KdaFwdSm90(config)
     tensors = fake_tensors(BFloat16, BFloat16, None, BFloat16, kernel.g_type, BFloat16)
     return cute.compile(
-        kernel, *tensors, *([Int64(0)] * 7), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *tensors, *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -65,6 +65,7 @@ class Case:
     g_layout: Layout = Layout()
     out_layout: Layout = Layout()
     beta_strided: bool = False
+    pool: int | None = None  # so many states more than sequences, which state_indices point into; every third has none
     state_offset: int = 0  # elements between 16-byte alignment and the states, A_log and dt_bias
 
     @property
@@ -154,10 +155,15 @@ class Call:
 
     @property
     def oracle_kwargs(self) -> dict[str, Any]:
-        """The same with cu_seqlens on the CPU, where the references want its values anyway."""
+        """The same with cu_seqlens on the CPU, where the references want its values anyway, and a state a sequence."""
         kwargs = self.kwargs
         if "cu_seqlens" in kwargs:
             kwargs["cu_seqlens"] = torch.tensor(self.case.cuts)
+        if "state_indices" in kwargs:
+            indices = kwargs.pop("state_indices")
+            states = kwargs["initial_state"].new_zeros(self.case.state_shape)
+            states[indices >= 0] = kwargs["initial_state"][indices[indices >= 0]]
+            kwargs["initial_state"] = states
         return {**kwargs, "output_final_state": True}
 
 
@@ -201,7 +207,13 @@ def make(case: Case, device: Any = "cpu") -> Call:
         dt_bias = dt_bias.flatten() if case.dt_bias == "flat" else dt_bias
         arrays["dt_bias"] = Guarded.holding(dt_bias, nan, offset=case.state_offset)
     if case.initial_state is not None:
-        state = randn(*case.state_shape).to(DTYPES[case.initial_state])
+        states = case.N
+        if case.pool is not None:
+            states += case.pool
+            order = torch.randperm(states, generator=generator, device=device)[: case.N].int()
+            order[case.seed % 3 :: 3] = -1
+            arrays["state_indices"] = Guarded.holding(order, 0)
+        state = randn(states, *case.state_shape[1:]).to(DTYPES[case.initial_state])
         arrays["initial_state"] = Guarded.holding(state, nan, offset=case.state_offset)
     if case.cu_seqlens is not None:
         cuts = torch.tensor(case.cuts, dtype=getattr(torch, case.cu_seqlens), device=device)
@@ -285,6 +297,7 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
     gate = draw(st.sampled_from(("safe", "log", "softplus")))
     beta_sigmoid = draw(st.booleans())
     states = (None, "bf16", "fp32")
+    pool = draw(st.sampled_from((None, None, 0, 3))) if served else None
     g_dtype = draw(st.sampled_from(("bf16", "fp32") if served else ("bf16", "fp32", "fp64")))
     small = st.sampled_from((1, 3, 8, 16, 20))
     quantum = 4 if g_dtype == "fp32" else 8
@@ -309,8 +322,9 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         beta_sigmoid=beta_sigmoid,
         neg_eigval=beta_sigmoid and draw(st.booleans()),
         scale=draw(st.sampled_from((None, None, 1.0, 0.5))),
-        initial_state=draw(st.sampled_from(states)),
-        final_state=draw(st.sampled_from((*states, "new"))),
+        initial_state=draw(st.sampled_from(states if pool is None else states[1:])),
+        final_state=draw(st.sampled_from((*states, "new"))) if pool is None else None,
+        pool=pool,
         state_v_first=draw(st.booleans()),
         out=draw(st.booleans()),
         zeros=draw(st.sampled_from((False, False, True))),

@@ -163,7 +163,45 @@ BAD = {
         SAFE,
         dict(q=zeros(B, T, H, D).requires_grad_(), out=zeros(B, T, H, D)),
         NotImplementedError,
-        "q requires grad: out and final_state must be None",
+        "q requires grad: out, final_state and state_indices must be None",
+    ),
+    # a pool of states
+    "indices-list": (VARLEN, dict(state_indices=[0, 1]), TypeError, "state_indices is a list"),
+    "indices-dtype": (
+        VARLEN,
+        dict(state_indices=torch.tensor([0, 1])),
+        TypeError,
+        "state_indices is int64: must be int32",
+    ),
+    "indices-shape": (
+        VARLEN,
+        dict(state_indices=zeros(3, dtype=torch.int32)),
+        ValueError,
+        r"state_indices has shape \[3\]: must be \[2\], \[N\]",
+    ),
+    "indices-no-pool": (
+        VARLEN,
+        dict(state_indices=zeros(2, dtype=torch.int32), initial_state=None),
+        ValueError,
+        "initial_state is None: must be the pool|final_state is None: must be a pool",
+    ),
+    "indices-strided-pool": (
+        VARLEN,
+        dict(state_indices=zeros(2, dtype=torch.int32), initial_state=zeros(5, H, D, 2 * D, dtype=fp32)[..., :D]),
+        ValueError,
+        "initial_state, updated in place, has strides .* must be contiguous",
+    ),
+    "indices-past-the-pool": (
+        VARLEN,
+        dict(state_indices=torch.tensor([0, 5], dtype=torch.int32), initial_state=zeros(5, H, D, D, dtype=fp32)),
+        ValueError,
+        r"state_indices\[1\] is 5: must be below P = 5",
+    ),
+    "indices-twice": (
+        VARLEN,
+        dict(state_indices=torch.tensor([3, 3], dtype=torch.int32), initial_state=zeros(5, H, D, D, dtype=fp32)),
+        ValueError,
+        r"state_indices\[1\] is 3: must not be that of state_indices\[0\] too",
     ),
     # values of cu_seqlens: free to check on the CPU
     "cu_seqlens-start": (
@@ -233,7 +271,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
 
     def prepare(*of: torch.Tensor | None, **options: Any) -> Any:
         def launch(*given: torch.Tensor | None) -> bool:
-            names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens".split()
+            names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens state_indices".split()
             x = dict(zip(names, given, strict=True))
             if any(t is not None and t.data_ptr() % 16 for name, t in x.items() if name not in ("beta", "cu_seqlens")):
                 return False
@@ -319,7 +357,7 @@ def test_kernel_gets_the_callers_tensors(kernel: list[Any]) -> None:
     assert options["scale"] == D**-0.5 and options["lower_bound"] == -5.0
     assert set(options) == set(
         "scale o initial_state final_state A_log dt_bias lower_bound use_qk_l2norm_in_kernel use_gate_in_kernel "
-        "use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens".split()
+        "use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens state_indices".split()
     )
 
 
@@ -490,7 +528,7 @@ def test_signature() -> None:
     names = (
         "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel "
         "use_beta_sigmoid_in_kernel allow_neg_eigval safe_gate lower_bound state_v_first cu_seqlens "
-        "A_log dt_bias out final_state backend fla_kwargs"
+        "A_log dt_bias state_indices out final_state backend fla_kwargs"
     )
     parameters = inspect.signature(chunk_kda).parameters
     assert list(parameters) == names.split()

@@ -154,3 +154,22 @@ def test_state_layouts_are_transposes(case: Case) -> None:
         initial_state=kwargs["initial_state"].transpose(-1, -2).contiguous(),
     )
     assert torch.equal(o_other, o) and torch.equal(S_other, S.transpose(-1, -2))
+
+
+@given(case=varlen_cases, data=st.data())
+def test_a_pool_of_states_is_gathered_and_scattered(case: Case, data: st.DataObject) -> None:
+    """Sequences begin with and update the states that they point to; others stay as they were, to the bit."""
+    kwargs = make(case).kwargs
+    P = case.N + data.draw(st.integers(0, 2))
+    order = data.draw(st.permutations(range(P)))[: case.N]
+    indices = torch.tensor([-1 if data.draw(st.booleans()) else i for i in order], dtype=torch.int32)
+    pool = torch.randn(P, *case.state_shape[1:], dtype=torch.float64)
+    state = torch.zeros(case.state_shape, dtype=torch.float64)
+    kept = indices >= 0
+    state[kept] = pool[indices[kept]]
+    before = pool.clone()
+    o, S = run(kwargs, initial_state=state)
+    o_pool, S_pool = run(kwargs, initial_state=pool, state_indices=indices)
+    assert S_pool is pool and torch.equal(o_pool, o)
+    before[indices[kept]] = S[kept]
+    assert torch.equal(pool, before)

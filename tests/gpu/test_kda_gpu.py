@@ -98,13 +98,19 @@ def check(case: Case) -> None:
         outputs["final_state"] = Guarded.allocate(case.state_shape, dtype, DEVICE, SENTINEL, offset=case.state_offset)
     for guarded in outputs.values():
         guarded.tensor.fill_(math.nan)
+    indices = call.tensors.get("state_indices")
+    if indices is not None:
+        outputs["initial_state"] = call.inputs["initial_state"]
     before = {name: guarded.snapshot() for name, guarded in {**call.inputs, **outputs}.items()}
+    pool = call.tensors["initial_state"].clone() if indices is not None else None
 
-    o, S = chunk_kda(**call.kwargs, **{name: guarded.tensor for name, guarded in outputs.items()})
+    o, S = chunk_kda(**{**call.kwargs, **{name: guarded.tensor for name, guarded in outputs.items()}})
 
     covered = case.T if case.cu_seqlens is None else case.cuts[-1]
     intact = {}
     for name, guarded in call.inputs.items():
+        if name in outputs:
+            continue
         intact[name] = guarded.untouched_outside(before[name], guarded.tensor[:0])
     for name, guarded in outputs.items():
         written = guarded.tensor[:, :covered] if name == "out" else guarded.tensor
@@ -114,7 +120,16 @@ def check(case: Case) -> None:
 
     assert o.shape == shape and o.dtype == DTYPES[case.dtype]
     check_o(call, o, expected)
-    if case.final_state is None:
+    if indices is not None:
+        assert S is outputs["initial_state"].tensor and pool is not None
+        kept = indices >= 0
+        others = torch.ones(len(S), dtype=torch.bool, device=S.device)
+        others[indices[kept]] = False
+        assert torch.equal(S[others], pool[others])
+        states = expected.S.to(S.dtype)  # what is not kept is not compared
+        states[kept] = S[indices[kept]]
+        check_state(call, states, expected)
+    elif case.final_state is None:
         assert S is None
     else:
         assert S is not None and S.shape == case.state_shape
