@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument("--sass", action="store_true", help="print the disassembly too")
     for command in (warmup, inspect):
         command.add_argument(
-            "configs", nargs="*", metavar="CONFIG", help="names of configurations; default: all there are"
+            "configs", nargs="*", metavar="CONFIG", help="names of configurations; default: all for bf16 models"
         )
         command.add_argument("--arch", default=jit.ARCH, help="architecture to compile for (%(default)s)")
 
@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def select(names: Sequence[str]) -> list[Config]:
-    known = {config.name: config for config in all_configs()}
+    known = {config.name: config for config in [*all_configs(), *all_configs("fp16")]}
     for name in names:
         if name not in known:
             raise ValueError(f"configuration is {name!r}: must be one of {', '.join(known)}")
-    return [known[name] for name in names] or list(known.values())
+    return [known[name] for name in names] or all_configs()
 
 
 def run_warmup(configs: Sequence[Config], arch: str) -> int:

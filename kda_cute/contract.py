@@ -22,7 +22,6 @@ HEAD_DIM = 128  # K and V that the GPU kernel has
 
 _FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 _STATE = frozenset((torch.bfloat16, torch.float32))
-_BF16_FP32 = frozenset((torch.bfloat16, torch.float32))
 _INDEX = frozenset((torch.int32, torch.int64))
 
 
@@ -207,12 +206,12 @@ def not_served(
         return f"q has K = {K}: must be {HEAD_DIM}"
     if V != HEAD_DIM:
         return f"v has V = {V}: must be {HEAD_DIM}"
-    if q.dtype != torch.bfloat16:
-        return f"q, k and v are {_name(q.dtype)}: must be bfloat16"
-    if g.dtype not in _BF16_FP32:
-        return f"g is {_name(g.dtype)}: must be bfloat16 or float32"
-    if beta.dtype not in _BF16_FP32:
-        return f"beta is {_name(beta.dtype)}: must be bfloat16 or float32"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q, k and v are {_name(q.dtype)}: must be bfloat16 or float16"
+    if g.dtype == torch.float64:
+        return "g is float64: must be bfloat16, float16 or float32"
+    if beta.dtype == torch.float64:
+        return "beta is float64: must be bfloat16, float16 or float32"
     return None
 
 

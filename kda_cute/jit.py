@@ -76,7 +76,7 @@ def load(config: Any, arch: str = ARCH) -> Callable[..., Any]:
 
 
 def warmup(configs: Iterable[Any] | None = None, arch: str = ARCH) -> None:
-    """Compile configurations (default: all there are) into the cache. Needs no GPU: for building container images."""
+    """Compile configurations, or all for bf16 models, into the cache. Needs no GPU: for building container images."""
     if configs is None:
         from .kernels.config import all_configs
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from . import jit
 from .kernels.config import (
     BETA_BF16,
+    BETA_FP16,
     BETA_SIGMOID,
     CU_INT64,
     FINAL_BF16,
@@ -27,6 +28,8 @@ from .kernels.config import (
     v_split,
     workspace_bytes,
 )
+
+_DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @functools.cache
@@ -78,20 +81,21 @@ def prepare(
     packed = cu_seqlens is not None
     longest = B * T if packed else T
     room = workspace_bytes(longest, n, H, packed, split, sms)
-    g_dtype: Literal["bf16", "fp32"] = "bf16" if g.dtype is torch.bfloat16 else "fp32"
+    dtype, g_dtype = _DTYPES[q.dtype], _DTYPES[g.dtype]
     gate: Literal["safe", "softplus", "log"] = "log"
     if use_gate_in_kernel:
         gate = "softplus" if lower_bound is None else "safe"
     build = None
     if room and builds_maps(longest, H, n, packed, split, sms):
-        build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval))
+        build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval, dtype))
         room += maps_bytes(sms)
-    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval))
+    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval, dtype))
     flags = (
         L2NORM * use_qk_l2norm_in_kernel
         | BETA_SIGMOID * use_beta_sigmoid_in_kernel
         | NEG_EIGVAL * allow_neg_eigval
         | BETA_BF16 * (beta.dtype is torch.bfloat16)
+        | BETA_FP16 * (beta.dtype is torch.float16)
         | STATE_V_FIRST * state_v_first
         | INITIAL_BF16 * (initial_state is not None and initial_state.dtype is torch.bfloat16)
         | FINAL_BF16 * (final_state is not None and final_state.dtype is torch.bfloat16)

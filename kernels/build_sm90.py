@@ -280,9 +280,9 @@ class KdaBuildSm90(KdaFwdSm90):
         def boxes(offset, dtype, cols, count):
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
-        bK = boxes(0, BFloat16, 64, 2)
+        bK = boxes(0, self.dtype, 64, 2)
         bG = boxes(self.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.at_v, BFloat16, 64, 1)
+        bV = boxes(self.at_v, self.dtype, 64, 1)
         stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.rank()
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
@@ -384,9 +384,9 @@ class KdaBuildSm90(KdaFwdSm90):
                 for n8 in cutlass.range_constexpr(C // 8):
                     rk = ptx.lds_f32x2(norm_at + n8 * 32)
                     for half in cutlass.range_constexpr(2):
-                        w, e = v[2 * n8 + half] & has_v, 4 * n8 + 2 * half
-                        r[e] = ptx.fma(-acc_r[e], rk[0], ptx.bf16_lo(w))
-                        r[e + 1] = ptx.fma(-acc_r[e + 1], rk[1], ptx.bf16_hi(w))
+                        w, e = self.pair(v[2 * n8 + half] & has_v, self.config.dtype), 4 * n8 + 2 * half
+                        r[e] = ptx.fma(-acc_r[e], rk[0], w[0])
+                        r[e + 1] = ptx.fma(-acc_r[e + 1], rk[1], w[1])
                 if const_expr(self.config.neg_eigval):
                     self.scale_columns(r, norm_at + 2 * C * 4)
                 self.to_operand(r, fU)
@@ -531,7 +531,7 @@ class KdaBuildSm90(KdaFwdSm90):
 def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaBuildSm90(config)
-    tensors = fake_tensors(BFloat16, None, BFloat16, kernel.g_type)
+    tensors = fake_tensors(kernel.dtype, None, kernel.dtype, kernel.g_type)
     return cute.compile(
         kernel, *tensors, *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),

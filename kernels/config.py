@@ -10,9 +10,18 @@ MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
 
 # Flags that cost nothing at run time, so that they cost no binary: bits of the kernel's argument `flags`.
-L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, STATE_V_FIRST, INITIAL_BF16, FINAL_BF16, CU_INT64, MAPS_BUILT = (
-    1 << i for i in range(9)
-)
+(
+    L2NORM,
+    BETA_SIGMOID,
+    NEG_EIGVAL,
+    BETA_BF16,
+    BETA_FP16,
+    STATE_V_FIRST,
+    INITIAL_BF16,
+    FINAL_BF16,
+    CU_INT64,
+    MAPS_BUILT,
+) = (1 << i for i in range(10))
 
 
 # Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: side by side on
@@ -26,6 +35,10 @@ MAX_WARM = 16  # chunks at most by which a segment begins early
 STATE_BYTES = 64 * 128 * 4  # a slice of a state: 64 value rows, fp32
 
 
+def _suffix(dtype: str) -> str:
+    return "" if dtype == "bf16" else f"_{dtype}"
+
+
 @dataclass(frozen=True)
 class KdaFwdConfig:
     """One compiled binary. All else (shapes, strides, cu_seqlens, l2norm, sigmoid, states, their dtypes) is run time.
@@ -35,25 +48,27 @@ class KdaFwdConfig:
         -exp(A_log) * softplus(g + dt_bias), "log" takes g as log decay.
     v_split: blocks that share a head, each with a slice of V. Two are a cluster, prepare every other chunk each and
         send it to one another.
+    dtype: of q, k, v and o. What the tensor cores multiply is bf16 all the same, which has the range for it.
     neg_eigval: for beta up to 2: the inverse of the chunk's linear system keeps its diagonal of ones, the factors beta
         and 1 / |k| stay in fp32 outside of it. Where updates do not forget, rounding them to bf16 shows.
     """
 
-    g_dtype: Literal["bf16", "fp32"] = "bf16"
+    g_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     gate: Literal["safe", "softplus", "log"] = "safe"
     v_split: Literal[1, 2] = 1
     neg_eigval: bool = False
+    dtype: Literal["bf16", "fp16"] = "bf16"
 
     @property
     def name(self) -> str:
-        return f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}" + "_neg" * self.neg_eigval
+        return f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}" + "_neg" * self.neg_eigval + _suffix(self.dtype)
 
     @property
     def stages(self) -> int:
         """Chunks in flight between the loads and the state, with v_split = 2 one of them from the other block: as many
         as shared memory holds, of 36 KiB each (4 KiB less with half of V, 8 KiB more with an fp32 gate)."""
-        bf16 = self.g_dtype == "bf16"
-        return (5 if bf16 else 4) if self.v_split == 1 else (6 if bf16 else 5)
+        fp32 = self.g_dtype == "fp32"
+        return (4 if fp32 else 5) if self.v_split == 1 else (5 if fp32 else 6)
 
 
 @dataclass(frozen=True)
@@ -61,19 +76,20 @@ class KdaBuildConfig:
     """The kernels that find the states that segments begin with where gates are too weak to forget: of what a segment
     does to a state, S -> S M + C, M and C, and the states that follow. Fields as in KdaFwdConfig."""
 
-    g_dtype: Literal["bf16", "fp32"] = "bf16"
+    g_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     gate: Literal["safe", "softplus", "log"] = "safe"
     neg_eigval: bool = False
+    dtype: Literal["bf16", "fp16"] = "bf16"
     v_split: Literal[2] = 2  # two blocks prepare chunks for one another, as there
 
     @property
     def name(self) -> str:
-        return f"kda_build_g{self.g_dtype}_{self.gate}" + "_neg" * self.neg_eigval
+        return f"kda_build_g{self.g_dtype}_{self.gate}" + "_neg" * self.neg_eigval + _suffix(self.dtype)
 
     @property
     def stages(self) -> int:
         """Of 24 KiB each, 8 more with an fp32 gate."""
-        return 8 if self.g_dtype == "bf16" else 6
+        return 6 if self.g_dtype == "fp32" else 8
 
 
 def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
@@ -154,17 +170,8 @@ GATES: tuple[Literal["safe", "softplus", "log"], ...] = ("safe", "softplus", "lo
 Config: TypeAlias = KdaFwdConfig | KdaBuildConfig
 
 
-def all_configs() -> list[Config]:
-    build: list[Config] = [
-        KdaBuildConfig(g_dtype, gate, neg_eigval)
-        for neg_eigval in (False, True)
-        for gate in GATES
-        for g_dtype in ("bf16", "fp32")
-    ]
-    return build + [
-        KdaFwdConfig(g_dtype, gate, split, neg_eigval)
-        for neg_eigval in (False, True)
-        for gate in GATES
-        for g_dtype in ("bf16", "fp32")
-        for split in (1, 2)
-    ]
+def all_configs(dtype: Literal["bf16", "fp16"] = "bf16") -> list[Config]:
+    """Those for q, k and v in a dtype, with g in the same or in fp32."""
+    kinds = [(g_dtype, gate, neg) for neg in (False, True) for gate in GATES for g_dtype in (dtype, "fp32")]
+    build: list[Config] = [KdaBuildConfig(g_dtype, gate, neg, dtype) for g_dtype, gate, neg in kinds]
+    return build + [KdaFwdConfig(g_dtype, gate, split, neg, dtype) for g_dtype, gate, neg in kinds for split in (1, 2)]

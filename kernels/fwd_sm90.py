@@ -33,7 +33,7 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
@@ -41,6 +41,7 @@ from cutlass.memory import SmemAllocator
 from . import ptx
 from .config import (
     BETA_BF16,
+    BETA_FP16,
     BETA_SIGMOID,
     CU_INT64,
     FINAL_BF16,
@@ -116,8 +117,9 @@ class KdaFwdSm90:
         self.blocks = config.v_split  # of a cluster: each prepares every other chunk for both
         # In a cluster the last stage is for what the other block sends; another own one is worth more than a second.
         self.own_stages = self.stages - (self.blocks - 1)
-        self.g_type = BFloat16 if config.g_dtype == "bf16" else Float32
-        self.g_boxes = 2 if config.g_dtype == "bf16" else 4
+        types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+        self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
+        self.g_boxes = 4 if config.g_dtype == "fp32" else 2
         # a stage of the ring: k and q (later Kd and Qd), g (later Kr), T, M, v
         self.k_half = 2 * BOX  # channels 64-127 of k, q behind k
         self.kr_half = self.g_boxes // 2 * BOX  # channels 64-127 of Kr
@@ -558,9 +560,9 @@ class KdaFwdSm90:
         def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
-        bKQ = boxes(0, BFloat16, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
+        bKQ = boxes(0, self.dtype, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
         bG = boxes(self.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.at_v, BFloat16, 64, self.v_boxes)
+        bV = boxes(self.at_v, self.dtype, 64, self.v_boxes)
         tiles = (q_tma, mQ, bKQ), (k_tma, mK, bKQ), (v_tma, mV, bV), (g_tma, mG, bG)
         stage, phase, n = Int32(0), Int32(1), Int32(0)
         sPlan = work[0]
@@ -717,7 +719,7 @@ class KdaFwdSm90:
     @cute.jit
     def fetch(self, v_tma, mV, ring, raw_full, gated, empty, work):
         """One warp: v for the chunks that the other block prepares. `gated` says that rows behind the end are zero."""
-        bV = self.staged(ring + self.at_v, BFloat16, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
+        bV = self.staged(ring + self.at_v, self.dtype, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
         lane, rank, stage, n = cute.arch.lane_idx(), self.rank(), self.own_stages, Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
@@ -809,9 +811,8 @@ class KdaFwdSm90:
         # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
         # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
-        ahead = (
-            self.g_type is BFloat16
-        )  # the next column is loaded before this one is stored; fp32 takes more registers
+        # 16 bits: the next column is loaded before this one is stored. fp32 has no registers for it.
+        ahead = self.config.g_dtype != "fp32"
         raw = list(self.raw_gates(sG, tile, 0, lane)) if ahead else None
         for kk in cutlass.range_constexpr(4):
             if const_expr(not ahead):
@@ -840,7 +841,7 @@ class KdaFwdSm90:
         """g behind the sequence's end becomes what makes no decay: 0, or -inf before sigmoid or softplus."""
         no_decay = Uint32(0)
         if const_expr(self.config.gate != "log"):
-            no_decay = Uint32(0xFF80FF80 if self.g_type is BFloat16 else 0xFF800000)
+            no_decay = Uint32({BFloat16: 0xFF80FF80, Float16: 0xFC00FC00, Float32: 0xFF800000}[self.g_type])
         for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
             if lane + 32 * j >= valid * 8:
                 for box in cutlass.range_constexpr(self.g_boxes // 2):
@@ -850,7 +851,7 @@ class KdaFwdSm90:
         """g of a 16-channel column, block of tokens by block: by register and token. In fp32 a row is as long as two of
         the fp16 that take its place, column after column, always behind what is read."""
         for s in range(2):
-            if self.g_type is BFloat16:
+            if self.config.g_dtype != "fp32":
                 yield ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True)
                 continue
             raw = []
@@ -871,9 +872,13 @@ class KdaFwdSm90:
             bias = [ptx.lds_f32(bias_at + (16 * kk + 8 * nt) * 4) for nt in range(2)]
         out = []
         for r in raw:
-            pairs = [(ptx.bf16_lo(x), ptx.bf16_hi(x)) for x in r] if self.g_type is BFloat16 else r
+            pairs = r if self.config.g_dtype == "fp32" else [self.pair(x, self.config.g_dtype) for x in r]
             out.append(tuple(ptx.pack_f16(*(self.factor(x, slope, bias[j // 2]) for x in pairs[j])) for j in range(4)))
         return out
+
+    def pair(self, x: Uint32, dtype: str):
+        """Two 16-bit numbers in fp32."""
+        return (ptx.bf16_lo(x), ptx.bf16_hi(x)) if dtype == "bf16" else (ptx.f16_lo(x), ptx.f16_hi(x))
 
     def factor(self, g: Float32, slope: Float32, bias: Float32) -> Float32:
         """What the log2 decay is a negative multiple of. safe: 2^15 sigmoid(exp(A_log) (g + dt_bias)) = 1 / (2^-15 +
@@ -1019,7 +1024,7 @@ class KdaFwdSm90:
         x = Uint32(0)
         if token < tokens:
             index = start + Int64(token) * H
-            if (flags & BETA_BF16) != 0:
+            if (flags & (BETA_BF16 | BETA_FP16)) != 0:
                 x = ptx.ldg_u16(address + index * 2)
             else:
                 x = ptx.ldg_u32(address + index * 4)
@@ -1031,6 +1036,8 @@ class KdaFwdSm90:
         if (flags & BETA_BF16) != 0:
             raw = raw << 16
         x = ptx.as_f32(raw)
+        if (flags & BETA_FP16) != 0:
+            x = ptx.f16_lo(raw)
         if (flags & BETA_SIGMOID) != 0:
             x = ptx.rcp(1.0 + ptx.ex2(x * -LOG2_E))
             if (flags & NEG_EIGVAL) != 0:
@@ -1125,7 +1132,7 @@ class KdaFwdSm90:
         for j in range(4):  # register j: rows (j % 2), channels 8 (j // 2)
             e = x[j // 2][2 * (j % 2) : 2 * (j % 2) + 2]
             up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
-            kf, qf = (ptx.bf16_lo(k[j]), ptx.bf16_hi(k[j])), (ptx.bf16_lo(q[j]), ptx.bf16_hi(q[j]))
+            kf, qf = self.pair(k[j], self.config.dtype), self.pair(q[j], self.config.dtype)
             if self.queries:
                 at = 4 * len(QUADS) + 2 * s + j % 2
                 acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
@@ -1383,7 +1390,7 @@ class KdaFwdSm90:
         acc_u, acc_o = fragment(mma_tm, C), fragment(mma_tm, C)
         fS, fU = operand_a(mma_ks, D), operand_a(mma_tm, C)
 
-        sO = self.staged(out, BFloat16, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
+        sO = self.staged(out, self.dtype, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
         o_row = out.toint() + wg * (2 * BOX)
         # ldmatrix / stmatrix with a transposition: lane l serves token l % 8 + 8 (l // 16), 16-byte column of v
         t_row = (lane % 8 + lane // 16 * 8) * 128
@@ -1445,9 +1452,9 @@ class KdaFwdSm90:
                 for n8 in cutlass.range_constexpr(C // 8):
                     rk = ptx.lds_f32x2(norm_at + n8 * 32)
                     for half in cutlass.range_constexpr(2):
-                        w, e = v[2 * n8 + half], 4 * n8 + 2 * half
-                        r[e] = ptx.fma(-acc_ro[e], rk[0], ptx.bf16_lo(w))
-                        r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], ptx.bf16_hi(w))
+                        w, e = self.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
+                        r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
+                        r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
                 if const_expr(self.config.neg_eigval):
                     self.scale_columns(r, norm_at + 2 * C * 4)
                 # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
@@ -1470,11 +1477,11 @@ class KdaFwdSm90:
                 self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
-                o = []
+                o, pack = [], ptx.pack_bf16 if self.dtype is BFloat16 else ptx.pack_f16
                 for n8 in cutlass.range_constexpr(C // 8):
                     rq = ptx.lds_f32x2(norm_at + (C + n8 * 8) * 4)
                     for half in cutlass.range_constexpr(2):
-                        o.append(ptx.pack_bf16(acc_o[4 * n8 + 2 * half] * rq[0], acc_o[4 * n8 + 2 * half + 1] * rq[1]))
+                        o.append(pack(acc_o[4 * n8 + 2 * half] * rq[0], acc_o[4 * n8 + 2 * half + 1] * rq[1]))
                 o_at = o_row + buf * BOX + t_row + t_col
                 ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
                 ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
@@ -1774,7 +1781,8 @@ def fake_tensor(dtype, shape):
 def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaFwdSm90(config)
-    tensors = fake_tensors(BFloat16, BFloat16, None, BFloat16, kernel.g_type, BFloat16)
+    x = kernel.dtype
+    tensors = fake_tensors(x, x, None, x, kernel.g_type, x)
     return cute.compile(
         kernel, *tensors, *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -131,6 +131,18 @@ def bf16_hi(x: Uint32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
+def f16_lo(x: Uint32, *, loc=None, ip=None) -> Float32:
+    text = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }"
+    return _asm(text, [Float32], [x], "=f,r", False, loc, ip)
+
+
+@dsl_user_op
+def f16_hi(x: Uint32, *, loc=None, ip=None) -> Float32:
+    text = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }"
+    return _asm(text, [Float32], [x], "=f,r", False, loc, ip)
+
+
+@dsl_user_op
 def mul_bf16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
     return _asm("mul.rn.bf16x2 $0, $1, $2;", [Uint32], [a, b], "=r,r,r", False, loc, ip)
 

@@ -155,6 +155,12 @@ class Warp:
     def bf16_hi(self, x):
         return bf16_pair(x)[..., 1]
 
+    def f16_lo(self, x):
+        return f16_pair(x)[:, 0]
+
+    def f16_hi(self, x):
+        return f16_pair(x)[:, 1]
+
     def mul_bf16x2(self, a, b):
         with np.errstate(all="ignore"):
             x = bf16_pair(a) * bf16_pair(b)

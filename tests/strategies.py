@@ -298,7 +298,9 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
     beta_sigmoid = draw(st.booleans())
     states = (None, "bf16", "fp32")
     pool = draw(st.sampled_from((None, None, 0, 3))) if served else None
-    g_dtype = draw(st.sampled_from(("bf16", "fp32") if served else ("bf16", "fp32", "fp64")))
+    dtype = draw(st.sampled_from(("bf16", "bf16", "fp16") if served else ("bf16", "fp16", "fp32", "fp64")))
+    # the dtypes that kernels have: g like q, or in fp32
+    g_dtype = draw(st.sampled_from((dtype, "fp32") if served else ("bf16", "fp32", "fp64")))
     small = st.sampled_from((1, 3, 8, 16, 20))
     quantum = 4 if g_dtype == "fp32" else 8
     return Case(
@@ -310,9 +312,9 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         group=draw(st.sampled_from((1, 1, 2, 3) if served else (1, 2, 3))),
         K=128 if served else draw(small),
         V=128 if served else draw(small),
-        dtype="bf16" if served else draw(st.sampled_from(("bf16", "fp16", "fp32", "fp64"))),
+        dtype=dtype,
         g_dtype=g_dtype,
-        beta_dtype=draw(st.sampled_from(("bf16", "fp32"))),
+        beta_dtype=draw(st.sampled_from(("bf16", "fp16", "fp32"))),
         gate=gate,
         decay=draw(st.sampled_from(("strong", "weak", "mixed", "extreme"))),
         lower_bound=draw(st.sampled_from((-5.0, -5.0, -1.0, -0.25, -2.5))),

@@ -133,7 +133,7 @@ def test_demo_fails_on_a_wrong_result(capsys, monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(jit, "compile_kernel", tiny_kernel.compile)
-    monkeypatch.setattr(cli, "all_configs", lambda: [TinyConfig(0), TinyConfig(1)])
+    monkeypatch.setattr(cli, "all_configs", lambda dtype="bf16": [TinyConfig(0), TinyConfig(1)])
 
 
 def test_warmup_fills_the_cache(tiny, capsys, monkeypatch):

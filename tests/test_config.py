@@ -127,6 +127,7 @@ def test_part(lengths: tuple[int, ...], H: int, workers: int, expected: tuple[in
 
 def test_names_are_unique_and_rings_fit() -> None:
     configs = all_configs()
+    assert len({config.name for config in [*configs, *all_configs("fp16")]}) == 2 * len(configs)
     assert len({config.name for config in configs}) == len(configs) == 36
     for config in configs:
         kib = 24 if isinstance(config, KdaBuildConfig) else 36 - 4 * (config.v_split == 2)

@@ -295,10 +295,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
 NOT_SERVED = {
     "K": (Case(1, (T,), H=H, K=64), {}, "q has K = 64: must be 128 on the GPU"),
     "V": (Case(1, (T,), H=H, V=256), {}, "v has V = 256: must be 128 on the GPU"),
-    "fp16": (Case(1, (T,), H=H, dtype="fp16"), {}, "q, k and v are float16: must be bfloat16"),
-    "fp32": (Case(1, (T,), H=H, dtype="fp32"), {}, "q, k and v are float32: must be bfloat16"),
-    "g": (Case(1, (T,), H=H, g_dtype="fp64"), {}, "g is float64: must be bfloat16 or float32"),
-    "beta": (Case(1, (T,), H=H, beta_dtype="fp16"), {}, "beta is float16: must be bfloat16 or float32"),
+    "fp32": (Case(1, (T,), H=H, dtype="fp32"), {}, "q, k and v are float32: must be bfloat16 or float16"),
+    "g": (Case(1, (T,), H=H, g_dtype="fp64"), {}, "g is float64: must be bfloat16, float16 or float32"),
+    "beta": (Case(1, (T,), H=H, beta_dtype="fp64"), {}, "beta is float64: must be bfloat16, float16 or float32"),
 }
 
 

@@ -28,7 +28,11 @@ def kernels(tmp_path_factory, worker_id):
     return compiled
 
 
-configs = pytest.mark.parametrize("config", all_configs(), ids=lambda config: config.name)
+FP16 = [
+    KdaFwdConfig("fp16", "safe", 1, dtype="fp16"), KdaFwdConfig("fp32", "softplus", 2, dtype="fp16"),
+    KdaBuildConfig("fp16", "log", dtype="fp16"),
+]  # fmt: skip
+configs = pytest.mark.parametrize("config", [*all_configs(), *FP16], ids=lambda config: config.name)
 
 
 @configs

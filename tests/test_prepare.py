@@ -26,10 +26,10 @@ def swizzled(box: int, row: Any, byte: Any) -> Any:
     return box + row * 128 + ((byte // 16) ^ (row % 8)) * 16 + byte % 16
 
 
-def put(warp: Warp, box: int, x: np.ndarray) -> None:
-    """bf16 [32, 64] as TMA leaves it."""
+def put(warp: Warp, box: int, x: np.ndarray, dtype: str) -> None:
+    """[32, 64] of 16 bits as TMA leaves it."""
     row, col = np.indices(x.shape)
-    at, bits = swizzled(box, row, 2 * col), bf16(x)
+    at, bits = swizzled(box, row, 2 * col), bf16(x) if dtype == "bf16" else x.astype(np.float16).view(np.uint16)
     warp.memory[at], warp.memory[at + 1] = bits & 255, bits >> 8
 
 
@@ -58,18 +58,18 @@ def decay_of(gate: str, g: np.ndarray, A_log: float, bias: np.ndarray, lower_bou
 
 
 def prepare(
-    gate: str, g_dtype: Any, q: Any, k: Any, g: Any, A_log: float, bias: Any, lower_bound: float
+    gate: str, dtype: Any, g_dtype: Any, q: Any, k: Any, g: Any, A_log: float, bias: Any, lower_bound: float
 ) -> dict[str, np.ndarray]:
     """What the two warps of a pair leave in shared memory."""
-    kernel = fwd_sm90.KdaFwdSm90(KdaFwdConfig(g_dtype, gate))  # type: ignore[arg-type]
+    kernel = fwd_sm90.KdaFwdSm90(KdaFwdConfig(g_dtype, gate, dtype=dtype))  # type: ignore[arg-type]
     kernel.ones_if = lambda condition: np.where(condition, 0x3C003C00, 0).astype(np.uint32)  # type: ignore[method-assign]
     warp = Warp()
     for half in range(2):
         cols = slice(64 * half, 64 * half + 64)
-        put(warp, half * kernel.k_half, k[:, cols])
-        put(warp, half * kernel.k_half + BOX, q[:, cols])
-        if g_dtype == "bf16":
-            put(warp, kernel.at_g + half * kernel.kr_half, g[:, cols])
+        put(warp, half * kernel.k_half, k[:, cols], dtype)
+        put(warp, half * kernel.k_half + BOX, q[:, cols], dtype)
+        if g_dtype != "fp32":
+            put(warp, kernel.at_g + half * kernel.kr_half, g[:, cols], g_dtype)
         else:
             row, col = np.indices((C, 64))
             at = swizzled(kernel.at_g + half * kernel.kr_half + col // 32 * BOX, row, col % 32 * 4)
@@ -150,11 +150,12 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize("g_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype, g_dtype", [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16")])
 @pytest.mark.parametrize("gate, A_log, bias, scale", GATES.values(), ids=GATES)
-def test_prepare(gate: str, A_log: float, bias: float, scale: float, g_dtype: str) -> None:
+def test_prepare(gate: str, A_log: float, bias: float, scale: float, dtype: str, g_dtype: str) -> None:
     rng = np.random.default_rng(0)
-    q, k = (rounded(rng.standard_normal((C, D)) * D**-0.5) for _ in range(2))
+    to = {"bf16": rounded, "fp16": lambda x: x.clip(-6e4, 6e4).astype(np.float16).astype(f32), "fp32": f32}
+    q, k = (to[dtype](rng.standard_normal((C, D)) * D**-0.5) for _ in range(2))
     g = rng.standard_normal((C, D))
     if gate == "log":
         g = -(10 ** (9 * rng.random((C, D)) - 6)) if scale == 1 else -scale * rng.random((C, D))
@@ -162,9 +163,9 @@ def test_prepare(gate: str, A_log: float, bias: float, scale: float, g_dtype: st
             g = np.where(rng.random((C, D)) < 0.03, -1000, -0.001 * rng.random((C, D)))
     else:
         g = g * scale
-    g = rounded(g) if g_dtype == "bf16" else g.astype(f32)
+    g = to[g_dtype](g)
     biases = (bias + rng.random(D)) if gate != "log" else np.zeros(D)
-    got = prepare(gate, g_dtype, q, k, g, A_log, biases, -5.0)
+    got = prepare(gate, dtype, g_dtype, q, k, g, A_log, biases, -5.0)
     want = exact(q, k, decay_of(gate, g, A_log, biases.astype(f32), -5.0))
     rows, cols = np.indices((C, C))
     got["A"], got["M"] = np.where(cols < rows, got["A"], 0), np.where(cols <= rows, got["M"], 0)
