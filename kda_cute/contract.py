@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 LOWER_BOUND_MIN = -5.0  # 16 tokens of -5 nats stay inside fp32's and bf16's exponent range, see kernels/
-HEAD_DIM = 128  # K and V that the GPU kernel has
+HEAD_DIMS = (64, 128)  # K and V that the GPU kernel has
 
 _FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 _STATE = frozenset((torch.bfloat16, torch.float32))
@@ -202,10 +202,10 @@ def not_served(
     beta: torch.Tensor,
 ) -> str | None:
     """What of a call that is right the GPU kernel does not have, yet."""
-    if K != HEAD_DIM:
-        return f"q has K = {K}: must be {HEAD_DIM}"
-    if V != HEAD_DIM:
-        return f"v has V = {V}: must be {HEAD_DIM}"
+    if K not in HEAD_DIMS:
+        return f"q has K = {K}: must be 64 or 128"
+    if V not in HEAD_DIMS:
+        return f"v has V = {V}: must be 64 or 128"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q, k and v are {_name(q.dtype)}: must be bfloat16 or float16"
     if g.dtype == torch.float64:

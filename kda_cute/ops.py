@@ -238,7 +238,7 @@ def run(
         return o, final_state
 
     launch = _sm90().prepare(
-        q, g, beta, initial_state, final_state, cu_seqlens, state_indices, scale=scale,
+        q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, scale=scale,
         lower_bound=None if lower_bound is None else float(lower_bound),
         use_qk_l2norm_in_kernel=bool(use_qk_l2norm_in_kernel), use_gate_in_kernel=bool(use_gate_in_kernel),
         use_beta_sigmoid_in_kernel=bool(use_beta_sigmoid_in_kernel), allow_neg_eigval=bool(allow_neg_eigval),

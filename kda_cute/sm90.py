@@ -53,6 +53,7 @@ def _workspace(device: int, size: int) -> torch.Tensor:
 
 def prepare(
     q: torch.Tensor,
+    v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
     initial_state: torch.Tensor | None,
@@ -75,9 +76,10 @@ def prepare(
     """
     device = q.get_device()
     sms = _sm_count(device)
-    B, T, H, _ = g.shape
+    B, T, H, K = g.shape
+    V, whole = v.shape[-1], (K, v.shape[-1]) == (128, 128)
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    split = v_split(B * T, n, H, sms)
+    split = v_split(B * T, n, H, sms) if V == 128 else 1
     packed = cu_seqlens is not None
     longest = B * T if packed else T
     room = workspace_bytes(longest, n, H, packed, split, sms)
@@ -86,10 +88,10 @@ def prepare(
     if use_gate_in_kernel:
         gate = "softplus" if lower_bound is None else "safe"
     build = None
-    if room and builds_maps(longest, H, n, packed, split, sms):
+    if room and whole and builds_maps(longest, H, n, packed, split, sms):
         build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval, dtype))
         room += maps_bytes(sms)
-    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval, dtype))
+    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval, dtype, K, V))
     flags = (
         L2NORM * use_qk_l2norm_in_kernel
         | BETA_SIGMOID * use_beta_sigmoid_in_kernel

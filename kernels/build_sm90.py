@@ -531,7 +531,7 @@ class KdaBuildSm90(KdaFwdSm90):
 def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaBuildSm90(config)
-    tensors = fake_tensors(kernel.dtype, None, kernel.dtype, kernel.g_type)
+    tensors = fake_tensors(kernel, "kvg")
     return cute.compile(
         kernel, *tensors, *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),

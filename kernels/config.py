@@ -58,10 +58,18 @@ class KdaFwdConfig:
     v_split: Literal[1, 2] = 1
     neg_eigval: bool = False
     dtype: Literal["bf16", "fp16"] = "bf16"
+    K: int = 128  # or 64
+    V: int = 128  # or 64, with v_split = 1 only
 
     @property
     def name(self) -> str:
-        return f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}" + "_neg" * self.neg_eigval + _suffix(self.dtype)
+        dims = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128))
+        return (
+            f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}"
+            + "_neg" * self.neg_eigval
+            + _suffix(self.dtype)
+            + dims
+        )
 
     @property
     def stages(self) -> int:
@@ -81,6 +89,8 @@ class KdaBuildConfig:
     neg_eigval: bool = False
     dtype: Literal["bf16", "fp16"] = "bf16"
     v_split: Literal[2] = 2  # two blocks prepare chunks for one another, as there
+    K: int = 128  # nothing else
+    V: int = 128
 
     @property
     def name(self) -> str:

@@ -65,7 +65,7 @@ EPS = 1e-6  # of the l2 norm, as in fla
 C = 32  # tokens in a chunk
 SUB = 16  # tokens of a block of the warps' products
 QUAD = 8  # and of a block of what they make
-D = 128  # K = V
+D = 128  # channels of keys and of values at most; of 64 keys' channels the others are zero
 BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
 # Named barriers: one for each pair of `prepare`'s warps, one for each state warpgroup.
 PAIR_BAR, STATE_BAR = 1, 5
@@ -123,7 +123,7 @@ class KdaFwdSm90:
         # a stage of the ring: k and q (later Kd and Qd), g (later Kr), T, M, v
         self.k_half = 2 * BOX  # channels 64-127 of k, q behind k
         self.kr_half = self.g_boxes // 2 * BOX  # channels 64-127 of Kr
-        self.v_boxes = 2 // config.v_split
+        self.k_boxes, self.v_boxes = config.K // 64, config.V // 64 // config.v_split
         self.at_g = 2 * self.k_half
         self.at_t = self.at_g + 2 * self.kr_half
         self.at_m = self.at_t + C * C * 2
@@ -139,6 +139,7 @@ class KdaFwdSm90:
         self.gate_warps = 0 if config.v_split == 2 else 2  # else `prepare` does it
         self.state_wgs = self.v_boxes
         self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
+        self.sets_registers = self.threads == 512  # with fewer warps all have enough
         # registers a lane: those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has
         registers = (64, 128, 160) if config.v_split == 1 else (72, 136, 168)
         self.regs_load, self.regs_prepare, self.regs_state = registers
@@ -263,6 +264,14 @@ class KdaFwdSm90:
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
 
+        if const_expr(self.k_boxes == 1):
+            for s in cutlass.range_constexpr(S):
+                for offset, size in ((self.k_half, 2 * BOX), (self.at_g + self.kr_half, self.kr_half)):
+                    at = ring.toint() + s * self.stage_bytes + offset + cute.arch.thread_idx()[0] * 16
+                    for i in cutlass.range_constexpr(size // 16 // self.threads + 1):
+                        if cute.arch.thread_idx()[0] + i * self.threads < size // 16:
+                            ptx.sts_16(at + i * self.threads * 16, Uint32(0))
+
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
         self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *self.worker())
@@ -273,7 +282,8 @@ class KdaFwdSm90:
             cute.arch.cluster_wait()
 
         if warp < 4:
-            cute.arch.setmaxregister_decrease(self.regs_load)
+            if const_expr(self.sets_registers):
+                cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
@@ -294,14 +304,16 @@ class KdaFwdSm90:
                 else:
                     self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
         elif warp < 4 + 4 * self.prepare_wgs:
-            cute.arch.setmaxregister_increase(self.regs_prepare)
+            if const_expr(self.sets_registers):
+                cute.arch.setmaxregister_increase(self.regs_prepare)
             if warp < 4 + 2 * self.pairs:
                 self.prepare(
                     warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
                     A_log, dt_bias, lower_bound, work,
                 )  # fmt: skip
         else:
-            cute.arch.setmaxregister_increase(self.regs_state)
+            if const_expr(self.sets_registers):
+                cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
                 (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
                 mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, most_workers,
@@ -642,12 +654,12 @@ class KdaFwdSm90:
         chunks = cute.ceil_div(tokens, C)
         for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
             cute.arch.mbarrier_wait(empty + stage, phase)
-            bar = raw_full + stage
+            bar, g_boxes = raw_full + stage, self.g_boxes * self.k_boxes // 2
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(bar, (4 + self.v_boxes + self.g_boxes) * BOX)
-            for i in cutlass.range_constexpr(self.g_boxes):
+                cute.arch.mbarrier_arrive_and_expect_tx(bar, (2 * self.k_boxes + self.v_boxes + g_boxes) * BOX)
+            for i in cutlass.range_constexpr(g_boxes):
                 cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
-            for i in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(self.k_boxes):
                 cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
                 cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
             for i in cutlass.range_constexpr(self.v_boxes):
@@ -775,8 +787,8 @@ class KdaFwdSm90:
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2):
                 x = Float32(0.0)
-                if dt_bias != 0:
-                    x = self.global_f32(dt_bias, Int64(h * D + 64 * half + 32 * i + lane))
+                if (dt_bias != 0) & (half < self.k_boxes):
+                    x = self.global_f32(dt_bias, Int64(h * self.config.K + 64 * half + 32 * i + lane))
                 ptx.sts_f32(bias_at + (32 * i + lane) * 4, self.bias(slope, x))
             cute.arch.sync_warp()
         return slope
@@ -1545,13 +1557,13 @@ class KdaFwdSm90:
     def prefetch_state(self, address: Int64, nh: Int32, vs: Int32, flags: Int32):
         """A warpgroup's half of an initial state, if there is any, into L2. Without a branch: with one, ptxas takes
         vector registers for all that is uniform in the whole kernel, and spills."""
-        size = Int32(D * D * 4 // 2)
+        size = Int32(64 * self.config.K * 4)
         if (flags & INITIAL_BF16) != 0:
-            size = Int32(D * D * 2 // 2)
+            size = Int32(64 * self.config.K * 2)
         for i in cutlass.range_constexpr(2):
             offset = ptx.thread() % 128 * 128 + i * 128 * 128
             exists = (address != 0) & (nh >= 0) & (offset < size)
-            ptx.prefetch_l2(address + Int64(2 * nh + vs) * size + Int64(offset), exists)
+            ptx.prefetch_l2(address + Int64(self.config.V // 64 * nh + vs) * size + Int64(offset), exists)
 
     # ------------------------------------------------------------------ between workers
     #
@@ -1741,12 +1753,13 @@ class KdaFwdSm90:
         """A lane's elements of one state in global memory, in the accumulators' order: pairs of channels, which are
         neighbours in memory if V comes first. Constant offsets from one address, made here of what nothing else shares:
         hoisted out of the loops, the addresses of all cases were spilled."""
-        sv, sk = (D, 1) if v_first else (1, D)
+        K, V = self.config.K, self.config.V
+        sv, sk = (K, 1) if v_first else (1, V)
         size = dtype.width // 8
         thread = ptx.thread()
         v, k = vs * 64 + thread // 32 % 4 * 16 + thread % 32 // 4, thread % 4 * 2
-        base = ptx.address(address, nh, D * D * size) + Int64((v * sv + k * sk) * size)
-        for i in range(0, 64, 2):
+        base = ptx.address(address, nh, K * V * size) + Int64((v * sv + k * sk) * size)
+        for i in range(0, K // 2, 2):
             at = base + (i // 2 % 2 * 8 * sv + i // 4 * 8 * sk) * size
             if load:
                 acc[i], acc[i + 1] = ptx.ldg_pair(at, sk * size, size)
@@ -1766,23 +1779,25 @@ class KdaFwdSm90:
                 ptx.stg_u32x4((row.iterator + (vs * 64 + piece * 8)).toint(), words)
 
 
-def fake_tensors(*dtypes):
-    """[B, T, HV, D] with any strides that TMA takes; those before None have H heads."""
+def fake_tensors(kernel: KdaFwdSm90, names: str):
+    """Some of q, k [B, T, H, K], g [B, T, HV, K], v, o [B, T, HV, V], with any strides that TMA takes."""
     B, T, H, HV = (cute.sym_int() for _ in range(4))
-    at = dtypes.index(None)
-    return [fake_tensor(x, (B, T, H if i < at else HV)) for i, x in enumerate(dtypes) if x is not None]
+    K, V = kernel.config.K, kernel.config.V
+    return [
+        fake_tensor(kernel.g_type if x == "g" else kernel.dtype, (B, T, H if x in "qk" else HV, V if x in "vo" else K))
+        for x in names
+    ]
 
 
 def fake_tensor(dtype, shape):
     stride = (*(cute.sym_int64(divisibility=128 // dtype.width) for _ in range(3)), 1)  # 16 bytes
-    return cute.runtime.make_fake_tensor(dtype, (*shape, D), stride, assumed_align=16)
+    return cute.runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16)
 
 
 def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaFwdSm90(config)
-    x = kernel.dtype
-    tensors = fake_tensors(x, x, None, x, kernel.g_type, x)
+    tensors = fake_tensors(kernel, "qkvgo")
     return cute.compile(
         kernel, *tensors, *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -293,8 +293,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
 
 
 NOT_SERVED = {
-    "K": (Case(1, (T,), H=H, K=64), {}, "q has K = 64: must be 128 on the GPU"),
-    "V": (Case(1, (T,), H=H, V=256), {}, "v has V = 256: must be 128 on the GPU"),
+    "K": (Case(1, (T,), H=H, K=32), {}, "q has K = 32: must be 64 or 128 on the GPU"),
+    "V": (Case(1, (T,), H=H, V=256), {}, "v has V = 256: must be 64 or 128 on the GPU"),
     "fp32": (Case(1, (T,), H=H, dtype="fp32"), {}, "q, k and v are float32: must be bfloat16 or float16"),
     "g": (Case(1, (T,), H=H, g_dtype="fp64"), {}, "g is float64: must be bfloat16, float16 or float32"),
     "beta": (Case(1, (T,), H=H, beta_dtype="fp64"), {}, "beta is float64: must be bfloat16, float16 or float32"),

@@ -28,11 +28,12 @@ def kernels(tmp_path_factory, worker_id):
     return compiled
 
 
-FP16 = [
+OTHERS = [
     KdaFwdConfig("fp16", "safe", 1, dtype="fp16"), KdaFwdConfig("fp32", "softplus", 2, dtype="fp16"),
-    KdaBuildConfig("fp16", "log", dtype="fp16"),
+    KdaBuildConfig("fp16", "log", dtype="fp16"), KdaFwdConfig(K=64), KdaFwdConfig("fp32", "softplus", 2, K=64),
+    KdaFwdConfig(V=64), KdaFwdConfig("fp32", "log", 1, True, "fp16", 64, 64),
 ]  # fmt: skip
-configs = pytest.mark.parametrize("config", [*all_configs(), *FP16], ids=lambda config: config.name)
+configs = pytest.mark.parametrize("config", [*all_configs(), *OTHERS], ids=lambda config: config.name)
 
 
 @configs

@@ -623,7 +623,7 @@ def test_check_finds_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reference_on_the_gpu() -> None:
     """What the kernel does not serve says so, and backend="reference" serves it there."""
-    call = make(Case(26, (70,), H=2, group=2, gate="softplus", K=64, V=32, final_state="new"), DEVICE)
+    call = make(Case(26, (70,), H=2, group=2, gate="softplus", K=48, V=32, final_state="new"), DEVICE)
     with pytest.raises(NotImplementedError, match='backend="reference"'):
         run(call)
     o, S = run(call, backend="reference")
