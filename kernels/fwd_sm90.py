@@ -853,7 +853,7 @@ class KdaFwdSm90:
         """g behind the sequence's end becomes what makes no decay: 0, or -inf before sigmoid or softplus."""
         no_decay = Uint32(0)
         if const_expr(self.config.gate != "log"):
-            no_decay = Uint32({BFloat16: 0xFF80FF80, Float16: 0xFC00FC00, Float32: 0xFF800000}[self.g_type])
+            no_decay = Uint32({"bf16": 0xFF80FF80, "fp16": 0xFC00FC00, "fp32": 0xFF800000}[self.config.g_dtype])
         for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
             if lane + 32 * j >= valid * 8:
                 for box in cutlass.range_constexpr(self.g_boxes // 2):

@@ -42,11 +42,11 @@ def bf16_pair(words: np.ndarray) -> np.ndarray:
 
 
 class Warp:
-    """`ptx` for a warp with shared memory of its own."""
+    """`ptx` for a warp with shared memory of its own, or for one lane of another: for code with branches on lanes."""
 
-    def __init__(self, size: int = 1 << 16):
-        self.memory = np.zeros(size, np.uint8)
-        self.lanes = LANES
+    def __init__(self, of: Warp | None = None):
+        self.memory = np.zeros(1 << 16, np.uint8) if of is None else of.memory
+        self.lanes = LANES if of is None else LANES[:1]
 
     # ---- shared memory
 
@@ -94,6 +94,9 @@ class Warp:
 
     def sts_f32x4(self, at, x):
         self.store(at, *(np.asarray(y, f32) for y in x))
+
+    def sts_16(self, at, x):
+        self.store(at, x, x, x, x)
 
     def sts_high(self, at, x):
         """The high half of a word."""
@@ -205,6 +208,17 @@ def copy_of(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def lane_by_lane(module: Any, warp: Warp, method: Any) -> Any:
+    """A method with branches on the lane, which is an argument of it."""
+
+    def run(*args: Any) -> None:
+        for lane in range(32):
+            with on_the_cpu(module, Warp(warp)):
+                method(*(np.int64(lane) if x is LANES else x for x in args))
+
+    return run
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kda_cute.kernels.config import KdaFwdConfig
-from tests.lanes import LANES, Warp, bf16, bf16_pair, copy_of, on_the_cpu
+from tests.lanes import LANES, Warp, bf16, bf16_pair, copy_of, lane_by_lane, on_the_cpu
 
 fwd_sm90: Any = copy_of("kda_cute.kernels.fwd_sm90")
 A_ROW, BOX, C, D = fwd_sm90.A_ROW, fwd_sm90.BOX, fwd_sm90.C, fwd_sm90.D
@@ -40,13 +40,6 @@ def get(warp: Warp, box: int) -> np.ndarray:
     return (bits << 16).astype(np.uint32).view(f32)
 
 
-class Lane(Warp):
-    """One lane of a warp, for code with branches."""
-
-    def __init__(self, warp: Warp):
-        self.memory, self.lanes = warp.memory, np.arange(1)
-
-
 def decay_of(gate: str, g: np.ndarray, A_log: float, bias: np.ndarray, lower_bound: float) -> np.ndarray:
     """log2 decay, fp64."""
     x, a = g.astype(np.float64) + bias, np.exp(A_log)
@@ -58,12 +51,24 @@ def decay_of(gate: str, g: np.ndarray, A_log: float, bias: np.ndarray, lower_bou
 
 
 def prepare(
-    gate: str, dtype: Any, g_dtype: Any, q: Any, k: Any, g: Any, A_log: float, bias: Any, lower_bound: float
+    gate: str,
+    dtype: Any,
+    g_dtype: Any,
+    q: Any,
+    k: Any,
+    g: Any,
+    A_log: float,
+    bias: Any,
+    lower_bound: float,
+    tokens: int = C,
 ) -> dict[str, np.ndarray]:
     """What the two warps of a pair leave in shared memory."""
     kernel = fwd_sm90.KdaFwdSm90(KdaFwdConfig(g_dtype, gate, dtype=dtype))  # type: ignore[arg-type]
     kernel.ones_if = lambda condition: np.where(condition, 0x3C003C00, 0).astype(np.uint32)  # type: ignore[method-assign]
     warp = Warp()
+    with on_the_cpu(fwd_sm90, warp):
+        for name in ("clear_gate", "clear_rows"):
+            setattr(kernel, name, lane_by_lane(fwd_sm90, warp, getattr(kernel, name)))
     for half in range(2):
         cols = slice(64 * half, 64 * half + 64)
         put(warp, half * kernel.k_half, k[:, cols], dtype)
@@ -87,7 +92,9 @@ def prepare(
         for half in range(2):
             biases = kernel.bias(f32(slope), bias[64 * half : 64 * half + 64].astype(f32))
             warp.memory[BIAS : BIAS + 256] = np.asarray(biases, f32).view(np.uint8)
-            kernel.gate(f32(slope), BIAS, half, STAGE, TABLE, f32(lower_bound), C, LANES)
+            if tokens < C:
+                kernel.clear_tail(LANES, half, tokens, STAGE)
+            kernel.gate(f32(slope), BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
             tile_kq, tile_kr = STAGE + half * kernel.k_half + tile, STAGE + kernel.at_g + half * kernel.kr_half + tile
             table = STAGE + kernel.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
@@ -100,7 +107,7 @@ def prepare(
         A, M = kernel.take(a_at, sums[0][0]), kernel.take(m_at, sums[1][1])
         q2 = [kernel.quad_sum(sums[0][2][i]) + kernel.quad_sum(sums[1][2][i]) for i in range(4)]
     for lane in range(32):  # code with branches
-        one = Lane(warp)
+        one = Warp(warp)
         with on_the_cpu(fwd_sm90, one):
             kernel.store_a([(x[0][lane], x[1][lane]) for x in A], SYS, np.int64(lane))
     words = M  # a pair of each lane: rows of 8 x 8 blocks
@@ -150,9 +157,11 @@ GATES = {
 }
 
 
+@pytest.mark.parametrize("tokens", [C, 13])
 @pytest.mark.parametrize("dtype, g_dtype", [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16")])
 @pytest.mark.parametrize("gate, A_log, bias, scale", GATES.values(), ids=GATES)
-def test_prepare(gate: str, A_log: float, bias: float, scale: float, dtype: str, g_dtype: str) -> None:
+def test_prepare(gate: str, A_log: float, bias: float, scale: float, dtype: str, g_dtype: str, tokens: int) -> None:
+    """A whole chunk, and the last one of a sequence, behind which the next one's tokens are, here NaN."""
     rng = np.random.default_rng(0)
     to = {"bf16": rounded, "fp16": lambda x: x.clip(-6e4, 6e4).astype(np.float16).astype(f32), "fp32": f32}
     q, k = (to[dtype](rng.standard_normal((C, D)) * D**-0.5) for _ in range(2))
@@ -165,8 +174,11 @@ def test_prepare(gate: str, A_log: float, bias: float, scale: float, dtype: str,
         g = g * scale
     g = to[g_dtype](g)
     biases = (bias + rng.random(D)) if gate != "log" else np.zeros(D)
-    got = prepare(gate, dtype, g_dtype, q, k, g, A_log, biases, -5.0)
-    want = exact(q, k, decay_of(gate, g, A_log, biases.astype(f32), -5.0))
+    poisoned = [np.where(np.arange(C)[:, None] < tokens, x, np.nan).astype(f32) for x in (q, k, g)]
+    got = prepare(gate, dtype, g_dtype, *poisoned, A_log, biases, -5.0, tokens)
+    decay = decay_of(gate, g, A_log, biases.astype(f32), -5.0)
+    q[tokens:], k[tokens:], decay[tokens:] = 0, 0, 0
+    want = exact(q, k, decay)
     rows, cols = np.indices((C, C))
     got["A"], got["M"] = np.where(cols < rows, got["A"], 0), np.where(cols <= rows, got["M"], 0)
     # two factors are rounded to bf16; of what is forgotten altogether 2^-24 may remain
