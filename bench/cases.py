@@ -1,4 +1,4 @@
-"""Shapes and inputs. The gate parameters are those of FlashKDA's benchmark ("prod")."""
+"""Shapes and inputs. The gate parameters are those of FlashKDA's benchmark ("prod") where nothing else is said."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ SUITES = {
     "gates": [
         Case((T,), H, gate) for T, H in ((8192, 96), (8192, 16), (65536, 16)) for gate in ("prod", "weak", "mixed")
     ],
+    "unbounded": [Case((8192,), H, gate) for H in (96, 64, 16) for gate in ("prod", "softplus")],
     "length": [Case((16384 << i,), 8) for i in range(7)],  # is time linear in T?
     "ragged": [Case(LONG_AND_SHORT, 8), Case((sum(LONG_AND_SHORT) // len(LONG_AND_SHORT),) * len(LONG_AND_SHORT), 8)],
 }
@@ -72,6 +73,7 @@ class Inputs:
     dt_bias: torch.Tensor
     state: torch.Tensor  # [N, H, V, K]
     cu_seqlens: torch.Tensor | None
+    lower_bound: float | None = LOWER_BOUND  # None: the softplus gate
 
 
 def make_inputs(case: Case, seed: int = 0, device: str = "cuda") -> Inputs:
@@ -86,6 +88,8 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cuda") -> Inputs:
         A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, -8)
     elif case.gate == "mixed":  # some channels forget in a token, some remember thousands
         A_log, dt_bias = torch.zeros_like(A_log), dt_bias * 12 - 10
+    elif case.gate == "softplus":  # what fla's layer begins with: exp(A_log) from 1 to 16, softplus(dt_bias) to 0.1
+        A_log, dt_bias = (1 + 15 * A_log).log(), (1e-3 * 100**dt_bias).expm1().log()
     state = torch.randn(case.N, H, D, D, **on)
     cu = torch.tensor((0, *case.lengths), device=device).cumsum(0) if case.N > 1 else None
-    return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu)
+    return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu, None if case.gate == "softplus" else LOWER_BOUND)

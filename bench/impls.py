@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .cases import LOWER_BOUND, D, Inputs
+from .cases import D, Inputs
 
 Results = tuple[torch.Tensor, torch.Tensor | None]
 Call = Callable[[], Results]
@@ -69,7 +69,8 @@ def kda_hopper_cuda(x: Inputs) -> Call:
     """cuDNN's fused CUDA kernel. bf16 g and beta, or int64 cu_seqlens, would be converted inside the call."""
     return _cudnn(
         "kda_hopper_cuda", x, x.q, x.k, x.g.float(), x.beta.float(), use_qk_l2norm_in_kernel=True,
-        use_beta_sigmoid_in_kernel=True, safe_gate=True, gate_lower_bound=LOWER_BOUND, a_log=x.A_log, dt_bias=x.dt_bias,
+        use_beta_sigmoid_in_kernel=True, safe_gate=True, gate_lower_bound=_needs_a_lower_bound(x), a_log=x.A_log,
+        dt_bias=x.dt_bias,
     )  # fmt: skip
 
 
@@ -101,11 +102,11 @@ def _cudnn(
 def flash_kda(x: Inputs) -> Call:
     from flash_kda import fwd
 
-    o, final_state = torch.empty_like(x.v), torch.empty_like(x.state)
+    o, final_state, lower_bound = torch.empty_like(x.v), torch.empty_like(x.state), _needs_a_lower_bound(x)
 
     def call() -> Results:
         fwd(
-            x.q, x.k, x.v, x.g, x.beta, D**-0.5, o, x.A_log, x.dt_bias, LOWER_BOUND, x.state, final_state, x.cu_seqlens
+            x.q, x.k, x.v, x.g, x.beta, D**-0.5, o, x.A_log, x.dt_bias, lower_bound, x.state, final_state, x.cu_seqlens
         )  # fmt: skip
         return o, final_state
 
@@ -116,14 +117,22 @@ def _arguments(x: Inputs) -> dict[str, Any]:
     return dict(
         q=x.q, k=x.k, v=x.v, g=x.g, beta=x.beta, A_log=x.A_log, dt_bias=x.dt_bias, initial_state=x.state,
         cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-        use_beta_sigmoid_in_kernel=True, safe_gate=True, lower_bound=LOWER_BOUND,
+        use_beta_sigmoid_in_kernel=True, safe_gate=x.lower_bound is not None, lower_bound=x.lower_bound,
     )  # fmt: skip
 
 
 def _log_decay(x: Inputs) -> torch.Tensor:
-    from kda_cute.reference.transforms import safe_gate
+    from kda_cute.reference.transforms import safe_gate, softplus_gate
 
-    return safe_gate(x.g.float(), x.A_log, x.dt_bias, LOWER_BOUND)
+    if x.lower_bound is None:
+        return softplus_gate(x.g.float(), x.A_log, x.dt_bias)
+    return safe_gate(x.g.float(), x.A_log, x.dt_bias, x.lower_bound)
+
+
+def _needs_a_lower_bound(x: Inputs) -> float:
+    if x.lower_bound is None:
+        raise NotImplementedError("has no gate without a lower bound")
+    return x.lower_bound
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .cases import LOWER_BOUND, Case, Inputs, make_inputs
+from .cases import Case, Inputs, make_inputs
 from .impls import IMPLS, Call, version
 from .report import Row
 from .timing import capture, event_times, host_time, profiler_times
@@ -148,8 +148,8 @@ def expected(case: Case, x: Inputs) -> list[Slice]:
             o, _ = chunk_kda(
                 q, k, v, g, beta, initial_state=x.state[n : n + 1].index_select(1, heads),
                 A_log=x.A_log.index_select(0, heads), dt_bias=x.dt_bias.index_select(0, heads),
-                use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True,
-                lower_bound=LOWER_BOUND, state_v_first=True, backend="reference",
+                use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+                lower_bound=x.lower_bound, state_v_first=True, backend="reference",
             )  # fmt: skip
         slices.append((tokens, heads, o))
     return slices
