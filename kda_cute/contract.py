@@ -265,8 +265,7 @@ def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool) -> bool:
             if value not in (32, 64):
                 raise ValueError(f"chunk_size is {value}: must be 32 or 64 as in fla (and changes nothing here)")
         elif name == "return_intermediate_states":
-            if value:
-                raise NotImplementedError("return_intermediate_states is True: must be False, states are not kept")
+            pass  # done by the caller of this
         elif name == "cp_context":
             if value is not None:
                 raise NotImplementedError("cp_context is given: must be None, there is no context parallelism")

@@ -74,8 +74,6 @@ def _why_not(call: dict[str, Any]) -> str | None:
     unknown = call.keys() - ACCEPTED
     if unknown:
         return f"kda_cute does not know the argument {min(unknown)}"
-    if call.get("return_intermediate_states"):
-        return "kda_cute does not keep intermediate states"
     if call.get("cp_context") is not None:
         return "kda_cute has no context parallelism"
     if library.wants_grad(call):

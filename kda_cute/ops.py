@@ -12,6 +12,7 @@ import torch
 
 from . import contract, library
 from .reference.chunked import chunked
+from .reference.transforms import sequence_bounds
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -44,11 +45,12 @@ def chunk_kda(
     A_log: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     state_indices: torch.Tensor | None = None,
+    checkpoint_interval: int | None = None,
     out: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
     backend: str | None = None,
     **fla_kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Any:
     """Kimi Delta Attention, forward. Per head, with the state S [V, K] and a_t = exp(g_t) per key channel:
 
         S <- S diag(a_t);   u_t = beta_t (v_t - S k_t);   S <- S + u_t k_t^T;   o_t = scale S q_t
@@ -74,15 +76,19 @@ def chunk_kda(
         state_indices: [N], int32. initial_state then is a pool of P states, [P, HV, ...]: sequence n begins with state
             state_indices[n] and leaves its last one there, in place; with a negative index it begins with zero and
             leaves none. No two sequences may have the same state. The final state in the result is the pool.
+        checkpoint_interval: a multiple of 32 tokens. The states before tokens 0, checkpoint_interval, ... of every
+            sequence are a third result, fp32: [B, ceil(T / checkpoint_interval), HV, ...]; with cu_seqlens
+            [1, R, HV, ...], sequence by sequence, R such that there is room for any cu_seqlens.
         out: o, in the dtype of q. final_state: the last states, contiguous, bf16 or fp32.
         backend: None takes "cute" for CUDA tensors and "reference" for all others. "reference" is torch on any device,
             in fp32 (fp64 for fp64 inputs).
         fla_kwargs: what fla takes besides: disable_recompute, cu_seqlens_cpu, chunk_size, use_graph and max_num_seqs
-            change nothing here, transpose_state_layout is state_v_first, return_intermediate_states and cp_context are
-            not served.
+            change nothing here, transpose_state_layout is state_v_first, return_intermediate_states gives states as
+            checkpoint_interval=chunk_size (64) does, in bf16 and no more than there are, for which the host reads
+            cu_seqlens_cpu or waits for cu_seqlens; cp_context is not served.
 
     Returns:
-        o [B, T, HV, V] in the dtype of q, and the final state or None.
+        o [B, T, HV, V] in the dtype of q, and the final state or None; with checkpoint_interval those states too.
 
     Both are differentiable, by running the forward pass again: see `library`. torch.compile and export take the call as
     one operator. Under torch.autocast q, k and v in fp32 are taken in its dtype.
@@ -99,6 +105,9 @@ def chunk_kda(
     )  # fmt: skip
     if state_indices is not None and final_state is None:
         final_state = initial_state
+    if checkpoint_interval is not None or (fla_kwargs and fla_kwargs.get("return_intermediate_states")):
+        call = dict(zip(library.ARGUMENTS, arguments, strict=True))
+        return _with_checkpoints(call, out, final_state, checkpoint_interval, fla_kwargs)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return library.traced(arguments, out, final_state)
     return run(*arguments, out, final_state)
@@ -127,8 +136,10 @@ def run(
     backend: str | None,
     out: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
+    checkpoints: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_kda` for tensors that hold numbers."""
+    """`chunk_kda` for tensors that hold numbers. checkpoints: states on the way, to be written; the number of each
+    sequence's first one; chunks of 32 tokens between two of them."""
     grad = torch.is_grad_enabled()
     in_place = final_state is initial_state  # torch's guards refuse a tensor that comes twice
     optional = (initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, state_indices, out)
@@ -143,6 +154,8 @@ def run(
         )  # fmt: skip
         known = _known.get(key)
     except Exception:  # q is no tensor, scale has no hash ...: the checks say what is wrong
+        key = known = None
+    if checkpoints is not None:
         key = known = None
     if known is not None and not contract.CHECK_VALUES:
         alike, launch, state_shape = known
@@ -187,6 +200,8 @@ def run(
     if grad and library.wants_grad(call):
         if out is not None or final_state is not None:
             library.refuse_outputs(call)
+        if checkpoints is not None:
+            contract.refuse_grad("must not with checkpoints, which have no gradient; torch.no_grad() says so", **call)
         if not reference:
             o, state = library.chunk_kda(
                 q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
@@ -211,12 +226,21 @@ def run(
             rows = initial_state.new_zeros(N, *initial_state.shape[1:])
             rows[kept] = initial_state[state_indices[kept]]
             initial_state = rows
+        wants_state = output_final_state or final_state is not None
+        flags: dict[str, Any] = dict(
+            scale=scale, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+            lower_bound=lower_bound, state_v_first=state_v_first, A_log=A_log, dt_bias=dt_bias, dtype=dtype,
+        )  # fmt: skip
         with torch.autocast(q.device.type, enabled=False):
-            o, state = chunked(
-                q, k, v, g, beta, scale, initial_state, output_final_state or final_state is not None,
-                use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate,
-                lower_bound, state_v_first, cu_seqlens, A_log=A_log, dt_bias=dt_bias, dtype=dtype,
-            )  # fmt: skip
+            if checkpoints is None:
+                o, state = chunked(
+                    q, k, v, g, beta, initial_state=initial_state, output_final_state=wants_state,
+                    cu_seqlens=cu_seqlens, **flags,
+                )  # fmt: skip
+            else:
+                o, state = _piecewise((q, k, v, g, beta), initial_state, cu_seqlens, checkpoints, flags)
+                state = state if wants_state else None
         if out is None:
             out = o.to(q.dtype)
         else:
@@ -238,7 +262,7 @@ def run(
         return o, final_state
 
     launch = _sm90().prepare(
-        q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, scale=scale,
+        q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, checkpoints, scale=scale,
         lower_bound=None if lower_bound is None else float(lower_bound),
         use_qk_l2norm_in_kernel=bool(use_qk_l2norm_in_kernel), use_gate_in_kernel=bool(use_gate_in_kernel),
         use_beta_sigmoid_in_kernel=bool(use_beta_sigmoid_in_kernel), allow_neg_eigval=bool(allow_neg_eigval),
@@ -273,6 +297,62 @@ def run(
     if key is not None and all(map(operator.is_, asked, taken)):
         _remember(key, (q, k, v, g, beta, *optional), launch, state_shape)
     return o, final_state
+
+
+def _with_checkpoints(
+    call: dict[str, Any], out: torch.Tensor | None, final_state: torch.Tensor | None, interval: int | None,
+    fla_kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("checkpoint_interval is given: must be None under torch.compile")
+    dtype = torch.float32
+    if interval is None:  # fla's return_intermediate_states
+        interval, dtype = fla_kwargs.get("chunk_size", 64), torch.bfloat16
+    if not isinstance(interval, int) or interval < 32 or interval % 32:
+        raise ValueError(f"checkpoint_interval is {interval}: must be a multiple of 32 tokens")
+    B, T, _, HV, K, V, N = contract.check_named({**call, "out": out, "final_state": final_state})
+    v, cu_seqlens = call["v"], call["cu_seqlens"]
+    if v.dtype == torch.float64:
+        dtype = v.dtype
+    if cu_seqlens is None:
+        count = -(-T // interval)
+        rows, first = B * count, torch.arange(0, B * count, max(count, 1), dtype=torch.int32, device=v.device)[:B]
+    else:
+        counts = (cu_seqlens.diff() + interval - 1) // interval
+        rows, first = T // interval + N, (counts.cumsum(0) - counts).int()
+        if fla_kwargs.get("return_intermediate_states"):  # as many as there are, which the host has to know
+            cuts = fla_kwargs.get("cu_seqlens_cpu")
+            cuts = (cu_seqlens if cuts is None else cuts).tolist()
+            rows = sum(-(-(b - a) // interval) for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    shape = (V, K) if call["state_v_first"] else (K, V)
+    states = torch.empty((rows, HV, *shape), dtype=dtype, device=v.device)
+    arguments: list[Any] = [*call.values(), out, final_state, (states, first, interval // 32)]
+    o, S = run(*arguments)
+    return o, S, states.view(B if cu_seqlens is None else 1, -1 if rows else 0, HV, *shape)
+
+
+def _piecewise(
+    tensors: tuple[torch.Tensor, ...], initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
+    checkpoints: tuple[torch.Tensor, torch.Tensor, int], flags: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`chunked`, from checkpoint to checkpoint."""
+    states, first, every = checkpoints
+    B, T, HV, V = tensors[2].shape
+    K, dtype = tensors[0].shape[-1], flags["dtype"]
+    o, finals = tensors[2].new_zeros((1, B * T, HV, V), dtype=dtype), []
+    tensors = tuple(x.reshape(1, B * T, *x.shape[2:]) for x in tensors)
+    empty = (1, HV, V, K) if flags["state_v_first"] else (1, HV, K, V)
+    for n, (begin, end) in enumerate(sequence_bounds(B, T, cu_seqlens)):
+        S = o.new_zeros(empty) if initial_state is None else initial_state[n : n + 1].to(dtype)
+        for i, at in enumerate(range(begin, end, 32 * every)):
+            states[int(first[n]) + i] = S[0].to(states.dtype)
+            part = slice(at, min(at + 32 * every, end))
+            q, k, v, g, beta = (x[:, part] for x in tensors)
+            o[:, part], last = chunked(q, k, v, g, beta, initial_state=S, output_final_state=True, **flags)
+            assert last is not None
+            S = last
+        finals.append(S)
+    return o.view(B, T, HV, V), torch.cat(finals) if finals else o.new_zeros((0, *empty[1:]))
 
 
 def chunk_kda_summary(

@@ -14,6 +14,7 @@ from .kernels.config import (
     BETA_BF16,
     BETA_FP16,
     BETA_SIGMOID,
+    CHECKPOINTS_BF16,
     CU_INT64,
     FINAL_BF16,
     INITIAL_BF16,
@@ -60,6 +61,7 @@ def prepare(
     final_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     state_indices: torch.Tensor | None,
+    checkpoints: tuple[torch.Tensor, torch.Tensor, int] | None,
     *,
     scale: float,
     lower_bound: float | None,
@@ -91,7 +93,7 @@ def prepare(
     if room and whole and builds_maps(longest, H, n, packed, split, sms):
         build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval, dtype))
         room += maps_bytes(sms)
-    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval, dtype, K, V))
+    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval, dtype, K, V, checkpoints is not None))
     flags = (
         L2NORM * use_qk_l2norm_in_kernel
         | BETA_SIGMOID * use_beta_sigmoid_in_kernel
@@ -103,9 +105,11 @@ def prepare(
         | FINAL_BF16 * (final_state is not None and final_state.dtype is torch.bfloat16)
         | CU_INT64 * (cu_seqlens is not None and cu_seqlens.dtype is torch.int64)
         | MAPS_BUILT * (build is not None)
+        | CHECKPOINTS_BF16 * (checkpoints is not None and checkpoints[0].dtype is torch.bfloat16)
     )
     pool = n if initial_state is None else initial_state.shape[0]
-    numbers = (n, pool, scale, lower_bound or 0.0, flags, sms)
+    every = 0 if checkpoints is None else checkpoints[2]
+    numbers = (n, pool, every, scale, lower_bound or 0.0, flags, sms)
 
     def launch(
         q: torch.Tensor,
@@ -127,15 +131,33 @@ def prepare(
         bias = 0 if dt_bias is None else dt_bias.data_ptr()
         cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
         indices = 0 if state_indices is None else state_indices.data_ptr()
+        kept, first = (0, 0) if checkpoints is None else (checkpoints[0].data_ptr(), checkpoints[1].data_ptr())
         by_tma = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
         if (by_tma | initial | final | a_log | bias) % 16:
             return False
         workspace = _workspace(device, room) if room else None
         handed = 0 if workspace is None else workspace.data_ptr()
-        arguments = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, indices, cuts, handed, *numbers)
+        arguments = (
+            q,
+            k,
+            v,
+            g,
+            o,
+            beta.data_ptr(),
+            a_log,
+            bias,
+            initial,
+            final,
+            indices,
+            kept,
+            first,
+            cuts,
+            handed,
+            *numbers,
+        )
         with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
             if build is not None:
-                build(k, v, g, *arguments[5:9], *arguments[10:13], n, pool, lower_bound or 0.0, flags, sms)
+                build(k, v, g, *arguments[5:9], indices, cuts, handed, n, pool, lower_bound or 0.0, flags, sms)
             kernel(*arguments)
         return True
 

@@ -224,7 +224,7 @@ class KdaBuildSm90(KdaFwdSm90):
         plan, worker, nth = sPlan + wg // 2 % 2 * PLAN, first + wg // 2, wg % 2
         weak, exists = Int32(0), Int32(0)
         if (wg < 4) & (ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END)):
-            _, start, tokens, h, b, _, fate, span = self.find_piece(
+            _, start, tokens, h, b, _, fate, span, _ = self.find_piece(
                 ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
             )
             if (fate & COMPARED) != 0:

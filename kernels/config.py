@@ -10,18 +10,8 @@ MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
 
 # Flags that cost nothing at run time, so that they cost no binary: bits of the kernel's argument `flags`.
-(
-    L2NORM,
-    BETA_SIGMOID,
-    NEG_EIGVAL,
-    BETA_BF16,
-    BETA_FP16,
-    STATE_V_FIRST,
-    INITIAL_BF16,
-    FINAL_BF16,
-    CU_INT64,
-    MAPS_BUILT,
-) = (1 << i for i in range(10))
+L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, BETA_FP16, STATE_V_FIRST = (1 << i for i in range(6))
+INITIAL_BF16, FINAL_BF16, CHECKPOINTS_BF16, CU_INT64, MAPS_BUILT = (1 << i for i in range(6, 11))
 
 
 # Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: side by side on
@@ -60,15 +50,16 @@ class KdaFwdConfig:
     dtype: Literal["bf16", "fp16"] = "bf16"
     K: int = 128  # or 64
     V: int = 128  # or 64, with v_split = 1 only
+    checkpoints: bool = False  # whether states on the way are kept
 
     @property
     def name(self) -> str:
-        dims = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128))
+        rest = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128)) + "_checkpoints" * self.checkpoints
         return (
             f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}"
             + "_neg" * self.neg_eigval
             + _suffix(self.dtype)
-            + dims
+            + rest
         )
 
     @property

@@ -43,6 +43,7 @@ from .config import (
     BETA_BF16,
     BETA_FP16,
     BETA_SIGMOID,
+    CHECKPOINTS_BF16,
     CU_INT64,
     FINAL_BF16,
     INITIAL_BF16,
@@ -90,7 +91,8 @@ AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM, AT_SEGMENT, AT_GUESSE
 )
 AT_HASHES = AT_END + 48  # of the states that a piece ends and a segment begins with, of each of 8 warps
 AT_PIECES = AT_HASHES + 2 * 8 * 8
-PLAN = AT_PIECES + 32 * PIECES
+PIECE = 48  # bytes: what find_piece returns; then, for checkpoints, chunks of the sequence before, number of its first
+PLAN = AT_PIECES + PIECE * PIECES
 # What becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do for it.
 FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED, BUILT = (1 << i for i in range(9))
 # Words in the workspace; what lies there before hardly looks like them.
@@ -160,10 +162,13 @@ class KdaFwdSm90:
         initial_state: Int64,  # [N, H, V, K] or [N, H, K, V], bf16 or fp32, or 0
         final_state: Int64,
         state_indices: Int64,  # [N] int32: states are those of a pool, [P, H, ...], a negative one is none; or 0
+        checkpoints: Int64,  # [R, H, ...] bf16 or fp32: states every so many chunks, if the configuration keeps them
+        first_checkpoints: Int64,  # [N] int32: the number of a sequence's first
         cu_seqlens: Int64,  # [N + 1] int32 or int64, or 0
         workspace: Int64,  # workspace_bytes of memory, or 0: no item is cut
         N: Int32,
         P: Int32,
+        every: Int32,
         scale: Float32,
         lower_bound: Float32,
         flags: Int32,
@@ -195,9 +200,9 @@ class KdaFwdSm90:
             grid = cutlass.min(items, workers) * self.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, cu_seqlens, workspace, items,
-            workers, scale, lower_bound, flags, mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K),
-            mma(D, OperandMajorMode.MN),
+            mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints, first_checkpoints,
+            every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags, mma(2 * C, OperandMajorMode.K),
+            mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,
@@ -215,7 +220,7 @@ class KdaFwdSm90:
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mO: cute.Tensor,
         beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, state_indices: Int64,
-        P: Int32, cu_seqlens: Int64, workspace: Int64,
+        P: Int32, checkpoints: Int64, first_checkpoints: Int64, every: Int32, cu_seqlens: Int64, workspace: Int64,
         items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
@@ -287,7 +292,8 @@ class KdaFwdSm90:
             if warp == 0:
                 self.load(
                     q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-                    work, settled, items, H, T, state_indices, P, cu_seqlens, workspace, most_workers, flags,
+                    work, settled, items, H, T, state_indices, P, first_checkpoints, cu_seqlens, workspace,
+                    most_workers, flags,
                 )  # fmt: skip
             elif warp == 1:
                 self.invert(
@@ -316,8 +322,8 @@ class KdaFwdSm90:
                 cute.arch.setmaxregister_increase(self.regs_state)
             self.state(
                 (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
-                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, workspace, most_workers,
-                flags, work, settled,
+                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, checkpoints, every, H, workspace,
+                most_workers, flags, work, settled,
             )  # fmt: skip
         if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
@@ -439,8 +445,8 @@ class KdaFwdSm90:
         flags: Int32, warmed_up: Int32, worker: Int32, workers: Int32,
     ):  # fmt: skip
         """The piece that ends at place `at` of the line: (where the next one ends; first token, tokens, head, batch,
-        number of the state, what becomes of it, workers that have pieces of the item). If it is a segment, its warm-up
-        comes first."""
+        number of the state, what becomes of it, workers that have pieces of the item, chunks of the sequence before
+        it). If it is a segment, its warm-up comes first."""
         at -= 1
         next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(FINAL), Int32(0)
         item = at * workers + worker
@@ -490,7 +496,7 @@ class KdaFwdSm90:
                     skipped -= warm
                 else:
                     fate = (fate & ~FINAL) | SEGMENT
-        return next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span
+        return next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span, skipped
 
     def span(self, base: Int32, unit: Int32, sPlan: Int32) -> Int32:
         """The workers that have pieces of an item: the first and SPAN times the last."""
@@ -506,9 +512,11 @@ class KdaFwdSm90:
         """A piece as `load` lists it: (first token, tokens, head, batch, number of the state, what becomes of it,
         number of the next initial state or -1, workers that have pieces of the item)."""
         sPlan, listed, taken = work
-        at = sPlan + AT_PIECES + nth % PIECES * 32
+        at = sPlan + AT_PIECES + nth % PIECES * PIECE
         cute.arch.mbarrier_wait(listed + nth % PIECES, nth // PIECES & 1)
         numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
+        if const_expr(self.config.checkpoints):
+            numbers += ptx.lds_i32x4(at + 32)[:2]
         cute.arch.mbarrier_arrive(taken + nth % PIECES)
         return tuple(ptx.uniform(x) for x in numbers)
 
@@ -563,8 +571,8 @@ class KdaFwdSm90:
     @cute.jit
     def load(
         self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        work, settled, items: Int32, H: Int32, T: Int32, state_indices: Int64, P: Int32, cu_seqlens: Int64,
-        workspace: Int64, most_workers: Int32, flags: Int32,
+        work, settled, items: Int32, H: Int32, T: Int32, state_indices: Int64, P: Int32, first_checkpoints: Int64,
+        cu_seqlens: Int64, workspace: Int64, most_workers: Int32, flags: Int32,
     ):  # fmt: skip
         """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
         the tensor arrive as zeros."""
@@ -584,15 +592,19 @@ class KdaFwdSm90:
                 built = ptx.uniform(ptx.ldg_i32(self.map_word(workspace, most_workers, self.worker()[0])))
         count, at = self.count(work) - segment, ptx.lds_i32(sPlan + AT_END)
         start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
+        skipped, checkpoint = Int32(0), Int32(0)  # the first checkpoint of the sequence
         readers_end = Int32(0)  # of what there is to tell about the first piece of an item
         for nth in cutlass.range(count + 1, unroll=1):
             # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
-            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0), Int32(0)
+            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0), Int32(0), Int32(0)
+            next_checkpoint = Int32(0)
             if nth < count:
                 last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
                 found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.worker())
                 if const_expr(self.blocks == 1):
                     found = self.with_map(found, built)
+                if const_expr(self.config.checkpoints):
+                    next_checkpoint = ptx.ldg_i32(first_checkpoints + Int64(found[5] // H) * 4)
                 found = *found[:5], self.pooled(found[5], H, state_indices, P), *found[6:]
             if nth > 0:
                 next_nh = found[5]
@@ -600,9 +612,11 @@ class KdaFwdSm90:
                     next_nh = Int32(-1)
                 if (fate & (COMPARED | SEGMENT)) == COMPARED:
                     readers_end = span // SPAN + 1
-                self.list_piece(nth - 1, (start, tokens, h, b, nh, fate, next_nh, span), work)
+                numbers = start, tokens, h, b, nh, fate, next_nh, span, skipped, checkpoint
+                self.list_piece(nth - 1, numbers, work)
             stage, phase, n = self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
-            at, start, tokens, h, b, nh, fate, span = found
+            at, start, tokens, h, b, nh, fate, span, skipped = found
+            checkpoint = next_checkpoint
         self.finish(
             count, segment, readers_end, tiles, raw_full, empty, stage, phase, n, work, settled, workspace, most_workers
         )
@@ -621,13 +635,13 @@ class KdaFwdSm90:
     @cute.jit
     def with_map(self, found, built: Int32):
         """A segment that begins with the state that its item's maps give does not warm up."""
-        next_at, start, tokens, h, b, nh, fate, span = found
+        next_at, start, tokens, h, b, nh, fate, span, skipped = found
         if built == 1:
             if (fate & WARM_UP) != 0:
                 tokens = Int32(0)
             if (fate & SEGMENT) != 0:
                 fate |= BUILT
-        return next_at, start, tokens, h, b, nh, fate, span
+        return next_at, start, tokens, h, b, nh, fate, span, skipped
 
     @cute.jit
     def list_piece(self, nth: Int32, numbers, work):
@@ -635,9 +649,11 @@ class KdaFwdSm90:
         slot = nth % PIECES
         cute.arch.mbarrier_wait(taken + slot, nth // PIECES & 1 ^ 1)
         with cute.arch.elect_one():
-            to = sPlan + AT_PIECES + slot * 32
+            to = sPlan + AT_PIECES + slot * PIECE
             ptx.sts_i32x4(to, numbers[:4])
-            ptx.sts_i32x4(to + 16, numbers[4:])
+            ptx.sts_i32x4(to + 16, numbers[4:8])
+            if const_expr(self.config.checkpoints):
+                ptx.sts_i32x4(to + 32, numbers[8:] * 2)
             cute.arch.mbarrier_arrive(listed + slot)
 
     @cute.jit
@@ -683,8 +699,9 @@ class KdaFwdSm90:
             self.tell(workspace, most_workers, sPlan, Int64(EXACT), self.worker()[0] + 1, readers_end)
         if segment > 0:
             cute.arch.sync_warp()
-            at = sPlan + AT_PIECES + (count - 1) % PIECES * 32
+            at = sPlan + AT_PIECES + (count - 1) % PIECES * PIECE
             start, tokens, h, b = ptx.lds_i32x4(at)
+            checkpoint = ptx.lds_i32x4(at + 32)[:2]
             nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
             again, not_needed = self.judge(workspace, most_workers, sPlan, settled[0], span, fate)
             handed_on = (fate & HANDED_ON) != 0
@@ -695,7 +712,7 @@ class KdaFwdSm90:
                 fate |= AGAIN
             else:
                 fate, tokens = KEPT | (fate & FINAL), Int32(0)
-            self.list_piece(count, (start, tokens, h, b, nh, fate, next_nh, span), work)
+            self.list_piece(count, (start, tokens, h, b, nh, fate, next_nh, span, *checkpoint), work)
             self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
             if not_needed != 0:
                 if handed_on:
@@ -1367,8 +1384,8 @@ class KdaFwdSm90:
     def state(
         self, wg: Int32, ring, out, sTables: Int32, raw_full, gated, ready, solved, empty, left,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
-        o_tma, tO, mO, initial_state: Int64, final_state: Int64, workspace: Int64, most_workers: Int32,
-        flags: Int32, work, settled,
+        o_tma, tO, mO, initial_state: Int64, final_state: Int64, checkpoints: Int64, every: Int32, H: Int32,
+        workspace: Int64, most_workers: Int32, flags: Int32, work, settled,
     ):  # fmt: skip
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
 
@@ -1411,7 +1428,8 @@ class KdaFwdSm90:
 
         vs = self.rank() + wg  # of 64 value rows
         for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b, nh, fate, next_nh, span = self.piece(nth, work)
+            numbers = self.piece(nth, work)
+            start, tokens, h, b, nh, fate, next_nh, span = numbers[:8]
             chunks = cute.ceil_div(tokens, C)
             place = workspace, most_workers, wg, thread
             guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN)
@@ -1440,6 +1458,10 @@ class KdaFwdSm90:
                 written = Int32(0)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
+                if const_expr(self.config.checkpoints):
+                    before, first = numbers[8] + c, numbers[9]
+                    if (before % every == 0) & ((fate & WARM_UP) == 0):
+                        self.store_checkpoint(acc_s, checkpoints, (first + before // every) * H + h, vs, flags)
                 stage, phase, is_own = self.stage_of(n)
                 prepared, inverted = ready + stage, solved + stage
                 if const_expr(self.blocks == 2):
@@ -1749,6 +1771,19 @@ class KdaFwdSm90:
                 else:
                     self.copy_state(acc, address, nh, vs, Float32, False, False)
 
+    @cute.jit
+    def store_checkpoint(self, acc: cute.Tensor, address: Int64, number: Int32, vs: Int32, flags: Int32):
+        if (flags & CHECKPOINTS_BF16) != 0:
+            if (flags & STATE_V_FIRST) != 0:
+                self.copy_state(acc, address, number, vs, BFloat16, True, False)
+            else:
+                self.copy_state(acc, address, number, vs, BFloat16, False, False)
+        else:
+            if (flags & STATE_V_FIRST) != 0:
+                self.copy_state(acc, address, number, vs, Float32, True, False)
+            else:
+                self.copy_state(acc, address, number, vs, Float32, False, False)
+
     def copy_state(self, acc, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool, load: bool) -> None:
         """A lane's elements of one state in global memory, in the accumulators' order: pairs of channels, which are
         neighbours in memory if V comes first. Constant offsets from one address, made here of what nothing else shares:
@@ -1799,7 +1834,7 @@ def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     kernel = KdaFwdSm90(config)
     tensors = fake_tensors(kernel, "qkvgo")
     return cute.compile(
-        kernel, *tensors, *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *tensors, *([Int64(0)] * 10), *([Int32(0)] * 3), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

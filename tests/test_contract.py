@@ -216,12 +216,13 @@ BAD = {
     # fla's other arguments
     "fla-unknown": (SAFE, dict(head_first=False), TypeError, "unexpected keyword argument 'head_first'"),
     "fla-chunk_size": (SAFE, dict(chunk_size=48), ValueError, "chunk_size is 48: must be 32 or 64"),
-    "fla-intermediate": (
+    "interval-odd": (
         SAFE,
-        dict(return_intermediate_states=True),
-        NotImplementedError,
-        "return_intermediate_states",
+        dict(checkpoint_interval=48),
+        ValueError,
+        "checkpoint_interval is 48: must be a multiple of 32",
     ),
+    "interval-zero": (SAFE, dict(checkpoint_interval=0), ValueError, "checkpoint_interval is 0: must be a multiple"),
     "fla-cp_context": (SAFE, dict(cp_context=object()), NotImplementedError, "cp_context"),
     "fla-both-layouts": (
         SAFE,
@@ -527,7 +528,7 @@ def test_signature() -> None:
     names = (
         "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel "
         "use_beta_sigmoid_in_kernel allow_neg_eigval safe_gate lower_bound state_v_first cu_seqlens "
-        "A_log dt_bias state_indices out final_state backend fla_kwargs"
+        "A_log dt_bias state_indices checkpoint_interval out final_state backend fla_kwargs"
     )
     parameters = inspect.signature(chunk_kda).parameters
     assert list(parameters) == names.split()

@@ -123,7 +123,6 @@ DECLINED: dict[str, tuple[Case, dict[str, Any], str]] = {
     "fp32": (Case(1, (T,), H=H, dtype="fp32"), {}, "q, k and v are float32"),
     "lower bound": (SAFE, dict(lower_bound=-7.0, safe_gate=False), r"lower_bound is -7.0: must be in \[-5, 0\)"),
     "shape": (SAFE, dict(beta=torch.zeros(1, T, H + 1)), "beta has shape"),
-    "intermediate": (SAFE, dict(return_intermediate_states=True), "intermediate states"),
     "context parallel": (SAFE, dict(cp_context=object()), "no context parallelism"),
     "unknown": (SAFE, dict(head_first=False), "does not know the argument head_first"),
 }

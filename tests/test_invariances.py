@@ -173,3 +173,26 @@ def test_a_pool_of_states_is_gathered_and_scattered(case: Case, data: st.DataObj
     assert S_pool is pool and torch.equal(o_pool, o)
     before[indices[kept]] = S[kept]
     assert torch.equal(pool, before)
+
+
+@given(case=varlen_cases, interval=st.sampled_from((32, 64, 96)), packed=st.booleans())
+def test_checkpoints_are_the_final_states_of_prefixes(case: Case, interval: int, packed: bool) -> None:
+    kwargs = make(case if packed else replace(case, lengths=case.lengths[:1] * 2, cu_seqlens=None)).kwargs
+    o, S = run(kwargs)
+    o_kept, S_kept, states = chunk_kda(**{**kwargs, "output_final_state": True}, checkpoint_interval=interval)
+    close(o_kept, o)
+    close(S_kept, S)
+    cuts = kwargs["cu_seqlens"].tolist() if packed else [0, kwargs["q"].shape[1]]
+    at = 0
+    for n, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        for i, stop in enumerate(range(begin, end, interval)):
+            tokens = torch.arange(begin, stop)
+            if packed:
+                part = {**select(kwargs, tokens), "initial_state": kwargs["initial_state"][n : n + 1]}
+                want = run(kwargs, **part, cu_seqlens=None)[1][0]
+            else:
+                want = run(kwargs, **select(kwargs, tokens))[1]
+            close(states[0, at + i] if packed else states[:, i], want)
+        at += len(range(begin, end, interval))
+    exact = chunk_kda(**{**kwargs, "output_final_state": True}, return_intermediate_states=True, chunk_size=32)[2]
+    assert exact.shape[1] == (sum(-(-(b - a) // 32) for a, b in zip(cuts[:-1], cuts[1:], strict=True)))

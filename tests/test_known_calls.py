@@ -361,7 +361,7 @@ def test_memory_is_bounded(launches: list[Any], monkeypatch: pytest.MonkeyPatch)
         for _ in range(2):
             chunk_kda(**full(FIXED, scale=scale))
         assert len(ops._known) <= 3
-    assert launches[-1][16] == 19
+    assert launches[-1][19] == 19
 
 
 def test_no_tensor_is_kept(launches: list[Any]) -> None:

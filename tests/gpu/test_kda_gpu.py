@@ -264,6 +264,33 @@ def test_accuracy_of_a_long_sequence(gates: str, bound: float, capsys: pytest.Ca
     assert max(error) <= bound
 
 
+# ---- states on the way
+
+
+@pytest.mark.parametrize("interval", [32, 64, 1024])
+@pytest.mark.parametrize("decay", ["strong", "weak"])
+@pytest.mark.parametrize("lengths", [(5000,), (300, 0, 17, 1, 2500, 64, 130), (200, 200, 200)])
+@pytest.mark.parametrize("v_first", [False, True])
+def test_checkpoints(lengths: tuple[int, ...], decay: str, interval: int, v_first: bool) -> None:
+    """Those of the reference, and o and the final states of a call without them; in segments and again too."""
+    cu_seqlens = None if len(set(lengths)) == 1 else "int32"
+    case = Case(
+        30, lengths, cu_seqlens, H=2, decay=decay, initial_state="fp32", final_state="new", state_v_first=v_first
+    )
+    call = make(case, DEVICE)
+    o, S = run(call)
+    o_kept, S_kept, states = chunk_kda(**call.kwargs, checkpoint_interval=interval)
+    assert relative_error(o_kept, o) <= BOUND and relative_error(S_kept, S) <= BOUND
+    want = chunk_kda(**{**call.kwargs, "output_final_state": True}, checkpoint_interval=interval, backend="reference")[
+        2
+    ]
+    count = sum(-(-n // interval) for n in lengths) if cu_seqlens else want.shape[1]
+    assert states.shape == want.shape
+    assert relative_error(states[:, :count], want[:, :count]) <= BOUND
+    kept = chunk_kda(**call.kwargs, return_intermediate_states=True)[2]
+    assert kept.dtype == torch.bfloat16 and torch.isfinite(kept).all()
+
+
 # ---- the same bits, whenever and wherever
 
 
