@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from . import contract, library
-from .reference.chunked import chunked
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -95,33 +94,18 @@ def chunk_kda(
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return library.traced(arguments, out, final_state)
-    return run(*arguments, out, final_state)
+    return run(arguments, out, final_state)
 
 
 def run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    safe_gate: bool,
-    lower_bound: float | None,
-    state_v_first: bool,
-    cu_seqlens: torch.Tensor | None,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    backend: str | None,
-    out: torch.Tensor | None = None,
-    final_state: torch.Tensor | None = None,
+    arguments: tuple[Any, ...], out: torch.Tensor | None = None, final_state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_kda` for tensors that hold numbers."""
+    """`chunk_kda` for tensors that hold numbers; the arguments are those of the operator."""
+    (
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
+        backend,
+    ) = arguments  # fmt: skip
     grad = torch.is_grad_enabled()
     in_place = final_state is initial_state  # torch's guards refuse a tensor that comes twice
     optional = (initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, out)
@@ -146,42 +130,20 @@ def run(
             if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens):
                 return o, S
 
-    q, k, v = contract.autocast(q, k, v)
-    B, T, H, HV, K, V, N = contract.check_call(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state,
-        use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
-        safe_gate,
-        lower_bound,
-        state_v_first,
-        cu_seqlens,
-        A_log,
-        dt_bias,
-        out,
-        final_state,
-    )
+    call = dict(zip(library.ARGUMENTS, arguments, strict=True))
+    call["q"], call["k"], call["v"] = q, k, v = library.autocast(q, k, v)
+    B, T, H, HV, K, V, N = contract.check_named({**call, "out": out, "final_state": final_state})
     scale = contract.check_scale(scale, K)
     reference = _takes_reference(q, backend)
     if not reference:
         why_not = contract.not_served(H, HV, K, V, q, g, beta, use_gate_in_kernel, safe_gate, lower_bound)
         if why_not:
             raise NotImplementedError(f'{why_not} on the GPU; backend="reference" serves it, slowly')
-    call = dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
     if grad and library.wants_grad(call):
         if out is not None or final_state is not None:
             library.refuse_outputs(call)
         if not reference:
-            o, state = library.chunk_kda(
-                q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-                use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log,
-                dt_bias, backend,
-            )  # fmt: skip
+            o, state = library.chunk_kda(*call.values())
             return o, state if output_final_state else None
 
     checked = contract.CHECK_VALUES and (reference or not torch.cuda.is_current_stream_capturing())
@@ -191,20 +153,14 @@ def run(
             contract.check_log_decay(g, tokens)
 
     if reference:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        with torch.autocast(q.device.type, enabled=False):
-            o, state = chunked(
-                q, k, v, g, beta, scale, initial_state, output_final_state or final_state is not None,
-                use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate,
-                lower_bound, state_v_first, cu_seqlens, A_log=A_log, dt_bias=dt_bias, dtype=dtype,
-            )  # fmt: skip
+        o, state = library.by_reference({**call, "output_final_state": output_final_state or final_state is not None})
         if out is None:
             out = o.to(q.dtype)
         else:
             out[:, :tokens].copy_(o[:, :tokens])
         return out, state if final_state is None or state is None else final_state.copy_(state)
 
-    state_shape = (N, HV, V, K) if state_v_first else (N, HV, K, V)
+    state_shape = contract.state_shape(N, HV, K, V, state_v_first)
     if final_state is None and output_final_state:
         final_state = torch.empty(state_shape, dtype=torch.float32, device=q.device)
     o = torch.empty((B, T, HV, V), dtype=q.dtype, device=q.device) if out is None else out
