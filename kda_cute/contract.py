@@ -176,12 +176,8 @@ def check_named(call: Mapping[str, Any]) -> tuple[int, int, int, int, int, int, 
 _CHECKED = tuple(inspect.signature(check_call).parameters)
 
 
-def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Under torch.autocast fp32 queries, keys and values are taken in its dtype, as those of attention are."""
-    if isinstance(q, torch.Tensor) and (q.is_cuda or q.is_cpu) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
-    return q, k, v
+def state_shape(N: int, HV: int, K: int, V: int, state_v_first: bool) -> tuple[int, int, int, int]:
+    return (N, HV, V, K) if state_v_first else (N, HV, K, V)
 
 
 def check_scale(scale: float | None, K: int) -> float:
@@ -253,23 +249,24 @@ def check_log_decay(g: torch.Tensor, tokens: int) -> None:
         raise ValueError(f"g{at} is {g[tuple(at)].item()}: must be in [-5, 0], which safe_gate=True promises")
 
 
-# fla's arguments that are not in our signature: what a caller who changes the import may pass.
+# fla's arguments that are not in our signature: what a caller who changes the import may pass. Of no effect here: a
+# trade of memory in the backward, a host copy of cu_seqlens, padding of cu_seqlens by empty sequences.
+FLA_KWARGS = frozenset((
+    "disable_recompute", "cu_seqlens_cpu", "use_graph", "max_num_seqs",
+    "chunk_size", "return_intermediate_states", "cp_context", "transpose_state_layout",
+))  # fmt: skip
+
+
 def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool) -> bool:
     """Refuse what would change the result, accept what cannot. Returns state_v_first, perhaps under its old name."""
     for name, value in kwargs.items():
-        if name in ("disable_recompute", "cu_seqlens_cpu", "use_graph", "max_num_seqs"):
-            # trades memory in the backward; a host copy of cu_seqlens, which nothing here needs; padding of cu_seqlens
-            # by empty sequences, which every call takes
-            pass
-        elif name == "chunk_size":
-            if value not in (32, 64):
-                raise ValueError(f"chunk_size is {value}: must be 32 or 64 as in fla (and changes nothing here)")
-        elif name == "return_intermediate_states":
-            pass  # done by the caller of this
-        elif name == "cp_context":
-            if value is not None:
-                raise NotImplementedError("cp_context is given: must be None, there is no context parallelism")
-        elif name == "transpose_state_layout":
+        if name not in FLA_KWARGS:
+            raise TypeError(f"chunk_kda() got an unexpected keyword argument {name!r}")
+        if name == "chunk_size" and value not in (32, 64):
+            raise ValueError(f"chunk_size is {value}: must be 32 or 64 as in fla (and changes nothing here)")
+        if name == "cp_context" and value is not None:
+            raise NotImplementedError("cp_context is given: must be None, there is no context parallelism")
+        if name == "transpose_state_layout":
             import warnings
 
             if state_v_first:
@@ -278,8 +275,6 @@ def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool) -> bool:
                 "transpose_state_layout is deprecated, its name is state_v_first", DeprecationWarning, stacklevel=3
             )
             state_v_first = bool(value)
-        else:
-            raise TypeError(f"chunk_kda() got an unexpected keyword argument {name!r}")
     return state_v_first
 
 
@@ -317,7 +312,7 @@ def _check_state(
         _not_tensor(**{name: x})
     if x.dtype not in _STATE and not (x.dtype is dtype is torch.float64):
         _bad_dtype(name, x.dtype, _STATE, "or float64 with float64 inputs")
-    if x.shape != ((N, HV, V, K) if state_v_first else (N, HV, K, V)):
+    if x.shape != state_shape(N, HV, K, V, state_v_first):
         shape, form = ([N, HV, V, K], "[N, HV, V, K]") if state_v_first else ([N, HV, K, V], "[N, HV, K, V]")
         _bad_shape(name, x.shape, f"{shape}, {form} because state_v_first={state_v_first}")
     if x.device != device:

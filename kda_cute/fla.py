@@ -26,15 +26,11 @@ except ImportError as error:
     raise ImportError(f"kda_cute.fla needs fla-core >= 0.6: {error}") from error
 
 NAMES = tuple(inspect.signature(inspect.unwrap(fla_chunk_kda)).parameters)  # fla's order is not ours
-ACCEPTED = {
-    *inspect.signature(ops.chunk_kda).parameters, "disable_recompute", "return_intermediate_states", "cu_seqlens_cpu",
-    "cp_context", "use_graph", "max_num_seqs", "chunk_size", "transpose_state_layout",
-} - {"out", "final_state", "backend", "fla_kwargs"}  # fmt: skip
+OURS = inspect.signature(ops.chunk_kda).parameters.keys() - {"out", "final_state", "backend", "fla_kwargs"}
 
 
-@functools.cache
 def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
+    return ops._gpu(index)[0] == (9, 0)
 
 
 @register(fla_chunk_kda)
@@ -71,17 +67,16 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _why_not(call: dict[str, Any]) -> str | None:
-    unknown = call.keys() - ACCEPTED
+    unknown = call.keys() - OURS - contract.FLA_KWARGS
     if unknown:
         return f"kda_cute does not know the argument {min(unknown)}"
-    if call.get("cp_context") is not None:
-        return "kda_cute has no context parallelism"
     if library.wants_grad(call):
         return "kda_cute has no backward kernels, and fla's need what fla's forward keeps"
     try:
-        v_first = call.get("state_v_first") or call.get("transpose_state_layout")
+        others = {name: call[name] for name in call.keys() - OURS}
+        v_first = contract.check_fla_kwargs(others, bool(call.get("state_v_first")))
         *_, K, V, _ = contract.check_named({**call, "state_v_first": v_first})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         return f"kda_cute: {error}"  # if fla does not take it either, fla says so
     q = call["q"]
     if not (q.is_cuda and _is_hopper(q.get_device())):

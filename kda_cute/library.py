@@ -41,7 +41,7 @@ ARGUMENTS = tuple(argument.split()[1] for argument in _ARGUMENTS.split(", "))
 @torch.library.custom_op("kda_cute::chunk_kda", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 def chunk_kda(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(o, final state), which is empty if it is not asked for."""
-    o, S = _ops().run(*arguments)
+    o, S = _ops().run(arguments)
     return o, o.new_empty(0, dtype=torch.float32) if S is None else S
 
 
@@ -52,7 +52,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     o = v.new_empty(v.shape)
     if not call["output_final_state"]:
         return o, v.new_empty(0, dtype=torch.float32)
-    return o, v.new_empty(shape, dtype=_state_dtype(v))
+    return o, v.new_empty(shape, dtype=state_dtype(v))
 
 
 @torch.library.custom_op(
@@ -61,7 +61,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     schema=f"({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? final_state) -> ()",
 )
 def chunk_kda_out(*arguments: Any) -> None:
-    _ops().run(*arguments)
+    *arguments, out, final_state = arguments  # type: ignore[assignment]
+    _ops().run(arguments, out, final_state)
 
 
 @chunk_kda_out.register_fake
@@ -124,7 +125,7 @@ chunk_kda.register_autograd(_backward, setup_context=_setup_context)
 def traced(arguments: tuple[Any, ...], out: Tensor | None, final_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A call of `ops.run` as one operator."""
     call = dict(zip(ARGUMENTS, arguments, strict=True))
-    call["q"], call["k"], call["v"] = contract.autocast(call["q"], call["k"], call["v"])
+    call["q"], call["k"], call["v"] = autocast(call["q"], call["k"], call["v"])
     if out is None and final_state is None:
         o, S = torch.ops.kda_cute.chunk_kda(*call.values())
         return o, S if call["output_final_state"] else None
@@ -134,20 +135,36 @@ def traced(arguments: tuple[Any, ...], out: Tensor | None, final_state: Tensor |
     if out is None:
         out = v.new_empty(v.shape)
     if final_state is None and call["output_final_state"]:
-        final_state = v.new_empty(_state_shape(call), dtype=_state_dtype(v))
+        final_state = v.new_empty(_state_shape(call), dtype=state_dtype(v))
     torch.ops.kda_cute.chunk_kda_out(*call.values(), out, final_state)
     return out, final_state
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast fp32 queries, keys and values are taken in its dtype, as those of attention are."""
+    if isinstance(q, Tensor) and (q.is_cuda or q.is_cpu) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
+    return q, k, v
+
+
+def by_reference(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """o and the final state in fp32, or in fp64 for fp64 inputs, also under autocast."""
+    options = {name: x for name, x in call.items() if name not in ("state_indices", "backend")}
+    with torch.autocast(call["q"].device.type, enabled=False):
+        return chunked(**options, dtype=state_dtype(call["v"]))
 
 
 def wants_grad(call: dict[str, Any]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in map(call.get, DIFFERENTIABLE))
 
 
+def refuse(call: dict[str, Any], why: str) -> NoReturn:
+    contract.refuse_grad(why, **{name: call[name] for name in DIFFERENTIABLE})
+
+
 def refuse_outputs(call: dict[str, Any]) -> NoReturn:
-    contract.refuse_grad(
-        "out, final_state and state_indices must be None, autograd cannot follow a write into what is there",
-        **{name: call[name] for name in DIFFERENTIABLE},
-    )
+    refuse(call, "out, final_state and state_indices must be None, autograd cannot follow a write into what is there")
 
 
 # ---- the pieces
@@ -159,14 +176,14 @@ def _ops() -> Any:
     return ops
 
 
-def _state_dtype(v: Tensor) -> torch.dtype:
+def state_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
 def _state_shape(call: dict[str, Any]) -> tuple[int, ...]:
     """Checks a call, all but values."""
     _, _, _, HV, K, V, N = contract.check_named(call)
-    return (N, HV, V, K) if call["state_v_first"] else (N, HV, K, V)
+    return contract.state_shape(N, HV, K, V, call["state_v_first"])
 
 
 @contextlib.contextmanager
@@ -194,9 +211,7 @@ def _again(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
                 A_log=A_log if A_log is None else A_log.flatten(),
                 dt_bias=dt_bias if dt_bias is None else dt_bias.flatten(), **options,
             )  # fmt: skip
-    options = {name: x for name, x in call.items() if name not in ("state_indices", "backend")}
-    with torch.autocast(q.device.type, enabled=False):
-        o, S = chunked(**options, dtype=_state_dtype(q))
+    o, S = by_reference(call)
     return o.to(q.dtype), S
 
 

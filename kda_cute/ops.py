@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from . import contract, library
-from .reference.chunked import chunked
 from .reference.transforms import sequence_bounds
 
 try:
@@ -110,36 +109,20 @@ def chunk_kda(
         return _with_checkpoints(call, out, final_state, checkpoint_interval, fla_kwargs)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return library.traced(arguments, out, final_state)
-    return run(*arguments, out, final_state)
+    return run(arguments, out, final_state)
 
 
 def run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float | None,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    safe_gate: bool,
-    lower_bound: float | None,
-    state_v_first: bool,
-    cu_seqlens: torch.Tensor | None,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    state_indices: torch.Tensor | None,
-    backend: str | None,
-    out: torch.Tensor | None = None,
-    final_state: torch.Tensor | None = None,
+    arguments: tuple[Any, ...], out: torch.Tensor | None = None, final_state: torch.Tensor | None = None,
     checkpoints: tuple[torch.Tensor, torch.Tensor, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_kda` for tensors that hold numbers. checkpoints: states on the way, to be written; the number of each
-    sequence's first one; chunks of 32 tokens between two of them."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """`chunk_kda` for tensors that hold numbers; the arguments are those of the operator. checkpoints: states on the
+    way, to be written; the number of each sequence's first one; chunks of 32 tokens between two of them."""
+    (
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
+        state_indices, backend,
+    ) = arguments  # fmt: skip
     grad = torch.is_grad_enabled()
     in_place = final_state is initial_state  # torch's guards refuse a tensor that comes twice
     optional = (initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, state_indices, out)
@@ -169,45 +152,22 @@ def run(
 
     if state_indices is not None and final_state is None:
         raise ValueError("final_state is None: must be a pool of states with state_indices")
-    q, k, v = contract.autocast(q, k, v)
-    B, T, _, HV, K, V, N = contract.check_call(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state,
-        use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
-        safe_gate,
-        lower_bound,
-        state_v_first,
-        cu_seqlens,
-        A_log,
-        dt_bias,
-        out,
-        final_state,
-        state_indices,
-    )
+    call = dict(zip(library.ARGUMENTS, arguments, strict=True))
+    call["q"], call["k"], call["v"] = q, k, v = library.autocast(q, k, v)
+    B, T, _, HV, K, V, N = contract.check_named({**call, "out": out, "final_state": final_state})
     scale = contract.check_scale(scale, K)
     reference = _takes_reference(q, backend)
     if not reference:
         why_not = contract.not_served(K, V, q, g, beta)
         if why_not:
             raise NotImplementedError(f'{why_not} on the GPU; backend="reference" serves it, slowly')
-    call = dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
     if grad and library.wants_grad(call):
         if out is not None or final_state is not None:
             library.refuse_outputs(call)
         if checkpoints is not None:
-            contract.refuse_grad("must not with checkpoints, which have no gradient; torch.no_grad() says so", **call)
+            library.refuse(call, "must not with checkpoints, which have no gradient; torch.no_grad() says so")
         if not reference:
-            o, state = library.chunk_kda(
-                q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-                use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log,
-                dt_bias, state_indices, backend,
-            )  # fmt: skip
+            o, state = library.chunk_kda(*call.values())
             return o, state if output_final_state else None
 
     checked = contract.CHECK_VALUES and (reference or not torch.cuda.is_current_stream_capturing())
@@ -219,28 +179,13 @@ def run(
             contract.check_state_indices(state_indices, initial_state.shape[0])
 
     if reference:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         kept = None
+        given = {**call, "output_final_state": output_final_state or final_state is not None}
         if state_indices is not None and initial_state is not None:
             kept = state_indices >= 0
-            rows = initial_state.new_zeros(N, *initial_state.shape[1:])
-            rows[kept] = initial_state[state_indices[kept]]
-            initial_state = rows
-        wants_state = output_final_state or final_state is not None
-        flags: dict[str, Any] = dict(
-            scale=scale, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
-            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
-            lower_bound=lower_bound, state_v_first=state_v_first, A_log=A_log, dt_bias=dt_bias, dtype=dtype,
-        )  # fmt: skip
-        with torch.autocast(q.device.type, enabled=False):
-            if checkpoints is None:
-                o, state = chunked(
-                    q, k, v, g, beta, initial_state=initial_state, output_final_state=wants_state,
-                    cu_seqlens=cu_seqlens, **flags,
-                )  # fmt: skip
-            else:
-                o, state = _piecewise((q, k, v, g, beta), initial_state, cu_seqlens, checkpoints, flags)
-                state = state if wants_state else None
+            given["initial_state"] = initial_state.new_zeros(N, *initial_state.shape[1:])
+            given["initial_state"][kept] = initial_state[state_indices[kept]]
+        o, state = library.by_reference(given) if checkpoints is None else _piecewise(given, checkpoints)
         if out is None:
             out = o.to(q.dtype)
         else:
@@ -252,7 +197,7 @@ def run(
             return out, final_state
         return out, final_state.copy_(state)
 
-    state_shape = (N, HV, V, K) if state_v_first else (N, HV, K, V)
+    state_shape = contract.state_shape(N, HV, K, V, state_v_first)
     if final_state is None and output_final_state:
         final_state = torch.empty(state_shape, dtype=torch.float32, device=q.device)
     o = torch.empty((B, T, HV, V), dtype=q.dtype, device=q.device) if out is None else out
@@ -326,33 +271,35 @@ def _with_checkpoints(
             rows = sum(-(-(b - a) // interval) for a, b in zip(cuts[:-1], cuts[1:], strict=True))
     shape = (V, K) if call["state_v_first"] else (K, V)
     states = torch.empty((rows, HV, *shape), dtype=dtype, device=v.device)
-    arguments: list[Any] = [*call.values(), out, final_state, (states, first, interval // 32)]
-    o, S = run(*arguments)
+    o, S = run(tuple(call.values()), out, final_state, (states, first, interval // 32))
     return o, S, states.view(B if cu_seqlens is None else 1, -1 if rows else 0, HV, *shape)
 
 
 def _piecewise(
-    tensors: tuple[torch.Tensor, ...], initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
-    checkpoints: tuple[torch.Tensor, torch.Tensor, int], flags: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`chunked`, from checkpoint to checkpoint."""
+    call: dict[str, Any], checkpoints: tuple[torch.Tensor, torch.Tensor, int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """By the reference, from checkpoint to checkpoint."""
     states, first, every = checkpoints
-    B, T, HV, V = tensors[2].shape
-    K, dtype = tensors[0].shape[-1], flags["dtype"]
-    o, finals = tensors[2].new_zeros((1, B * T, HV, V), dtype=dtype), []
-    tensors = tuple(x.reshape(1, B * T, *x.shape[2:]) for x in tensors)
-    empty = (1, HV, V, K) if flags["state_v_first"] else (1, HV, K, V)
-    for n, (begin, end) in enumerate(sequence_bounds(B, T, cu_seqlens)):
-        S = o.new_zeros(empty) if initial_state is None else initial_state[n : n + 1].to(dtype)
+    B, T, HV, _ = call["v"].shape
+    names = ("q", "k", "v", "g", "beta")
+    tensors: dict[str, Any] = {name: call[name].reshape(1, B * T, *call[name].shape[2:]) for name in names}
+    v, dtype = call["v"], library.state_dtype(call["v"])
+    o = v.new_zeros((1, B * T, HV, v.shape[-1]), dtype=dtype)
+    finals = [o.new_zeros(0, *states.shape[1:])]
+    for n, (begin, end) in enumerate(sequence_bounds(B, T, call["cu_seqlens"])):
+        S = o.new_zeros(1, *states.shape[1:])
+        if call["initial_state"] is not None:
+            S = call["initial_state"][n : n + 1].to(dtype)
         for i, at in enumerate(range(begin, end, 32 * every)):
             states[int(first[n]) + i] = S[0].to(states.dtype)
-            part = slice(at, min(at + 32 * every, end))
-            q, k, v, g, beta = (x[:, part] for x in tensors)
-            o[:, part], last = chunked(q, k, v, g, beta, initial_state=S, output_final_state=True, **flags)
+            tokens = slice(at, min(at + 32 * every, end))
+            part = {name: x[:, tokens] for name, x in tensors.items()}
+            part.update(initial_state=S, output_final_state=True, cu_seqlens=None)
+            o[:, tokens], last = library.by_reference({**call, **part})
             assert last is not None
             S = last
         finals.append(S)
-    return o.view(B, T, HV, V), torch.cat(finals) if finals else o.new_zeros((0, *empty[1:]))
+    return o.view(v.shape), torch.cat(finals) if call["output_final_state"] else None
 
 
 def chunk_kda_summary(

@@ -46,10 +46,11 @@ def with_leaves(kwargs: dict[str, Any], dtype: torch.dtype | None = None) -> dic
 def gradients(run: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, torch.Tensor]:
     """Of a sum over all results, weighted so that no two of their elements count the same."""
     o, S = run(**kwargs)
-    o = o[:, :tokens].double()
-    loss = (o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape)).sum()
-    if S is not None:
-        loss = loss + (S.double() * torch.linspace(1, -1, S.numel(), dtype=o.dtype).view(S.shape)).sum()
+    loss = torch.zeros((), dtype=torch.float64, device=o.device)
+    for x, first in ((o[:, :tokens], -1), (S, 1)):
+        if x is not None:
+            weights = torch.linspace(first, -first, x.numel(), dtype=torch.float64, device=x.device)
+            loss = loss + (x.double() * weights.view(x.shape)).sum()
     loss.backward()
     return {name: kwargs[name].grad for name in library.DIFFERENTIABLE if kwargs.get(name) is not None}
 

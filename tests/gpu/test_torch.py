@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from kda_cute import chunk_kda, library
 from kda_cute.reference import recurrence
 from tests.strategies import Case, make
-from tests.test_library import gradients, operator_arguments, with_leaves
+from tests.test_library import gradients, nothing_compiled_before, operator_arguments, with_leaves  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 
@@ -20,11 +19,6 @@ PACKED = Case(2, (300, 0, 17, 130), "int64", H=2, g_dtype="fp32", initial_state=
 LOG = Case(3, (200,), H=2, gate="log", decay="weak", final_state="new", state_v_first=True)
 CASES = {"fixed": FIXED, "packed": PACKED, "log": LOG}
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before() -> None:
-    torch._dynamo.reset()
 
 
 @cases
@@ -93,11 +87,10 @@ def test_gradients(case: Case, by: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def fla(caplog: pytest.LogCaptureFixture) -> Any:
+def fla() -> Any:
     pytest.importorskip("fla.ops.kda", reason="needs fla-core: pip install '.[bench]'", exc_type=ImportError)
     import kda_cute.fla
 
-    caplog.set_level(logging.INFO, "fla.backends")
     return kda_cute.fla
 
 
@@ -154,7 +147,7 @@ def test_model_prefills_and_decodes(fla: Any, monkeypatch: pytest.MonkeyPatch) -
     assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
 
 
-def test_training_stays_with_fla(fla: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_stays_with_fla(fla: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fla.ops.kda import chunk_kda as fla_chunk_kda
 
     monkeypatch.setattr(fla.ops, "chunk_kda", lambda **kwargs: pytest.fail("has no backward"))
