@@ -836,7 +836,8 @@ class KdaFwdSm90:
         if tokens < C:
             self.clear_gate(lane, tokens, sG)
             cute.arch.sync_warp()
-        tile = self.tile_at(sG, lane)
+        # register j of a tile: channels 8 (j % 2), tokens 8 (j // 2), as an operand A has them
+        tile = sG + (lane % 8 + lane // 16 * 8) * 128 + ((lane // 8 % 2) ^ (lane % 8)) * 16
         # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
         # operand B has ones in these columns.
         sums = [(Float32(0.0),) * 4] * 2
@@ -850,11 +851,9 @@ class KdaFwdSm90:
             if const_expr(ahead and kk < 3):
                 raw = list(self.raw_gates(sG, tile, kk + 1, lane))
             for s in cutlass.range_constexpr(2):
-                w = words[s]
                 sums[s] = ptx.mma_f16(
-                    (w[0], w[2], w[1], w[3]), self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1),
-                    sums[s],
-                )  # fmt: skip
+                    words[s], self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1), sums[s]
+                )
             cute.arch.sync_warp()
             for s in cutlass.range_constexpr(2):
                 ptx.stmatrix_x4((tile ^ (kk * 32)) + s * 2048, words[s], trans=True)
@@ -884,10 +883,10 @@ class KdaFwdSm90:
                 yield ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True)
                 continue
             raw = []
-            for j in range(4):  # register j: tokens 8 (j % 2), channels 8 (j // 2)
-                word = (16 * kk + 8 * (j // 2)) % 32 + lane // 4
+            for j in range(4):
+                word = (16 * kk + 8 * (j % 2)) % 32 + lane // 4
                 box = sG + kk // 2 * BOX
-                token = 16 * s + 8 * (j % 2) + lane % 4 * 2
+                token = 16 * s + 8 * (j // 2) + lane % 4 * 2
                 raw.append([
                     ptx.lds_f32(box + t * 128 + (word % 4) * 4 + (((word // 4) ^ (t % 8)) * 16))
                     for t in (token, token + 1)
@@ -902,7 +901,7 @@ class KdaFwdSm90:
         out = []
         for r in raw:
             pairs = r if self.config.g_dtype == "fp32" else [self.pair(x, self.config.g_dtype) for x in r]
-            out.append(tuple(ptx.pack_f16(*(self.factor(x, slope, bias[j // 2]) for x in pairs[j])) for j in range(4)))
+            out.append(tuple(ptx.pack_f16(*(self.factor(x, slope, bias[j % 2]) for x in pairs[j])) for j in range(4)))
         return out
 
     def pair(self, x: Uint32, dtype: str):
