@@ -566,6 +566,12 @@ class KdaFwdSm90:
         the 128-byte swizzle."""
         return base + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
 
+    def rows_at(self, lane: Int32) -> Int32:
+        """The same for 8 rows of k and the same 8 of q, which lie a box behind: what a product takes at once."""
+        if not self.queries:
+            return self.tile_at(Int32(0), lane)
+        return lane // 8 % 2 * BOX + lane % 8 * 128 + ((lane // 16) ^ (lane % 8)) * 16
+
     # ------------------------------------------------------------------ load
 
     @cute.jit
@@ -978,7 +984,7 @@ class KdaFwdSm90:
         if col + 1 <= row:
             diagonal = ones
         lower = (diagonal, ones, zero, diagonal)
-        tile = self.tile_at(Int32(0), lane)
+        tile, rows = self.tile_at(Int32(0), lane), self.rows_at(lane)
 
         n = Int32(0)  # chunks of the pieces before
         for nth in cutlass.range(self.count(work), unroll=1):
@@ -1003,7 +1009,7 @@ class KdaFwdSm90:
                 else:
                     self.wait(gated + stage, own // S & 1, lane)
                 cute.arch.sync_warp()
-                tile_kq = sStage + half * self.k_half + tile
+                tile_kq = sStage + half * self.k_half + rows
                 tile_kr = sStage + self.at_g + half * self.kr_half + tile
                 table = sStage + self.at_t + half * ANCHORS + lane % 4 * 16
                 # of Kd Ki^T and Qd Ki^T the blocks on and below the diagonal, and |q|^2: sums over the warp's channels
@@ -1128,9 +1134,7 @@ class KdaFwdSm90:
                 for j in range(i + 1):
                     self.product_into(acc, QUADS.index((i, j)), a, before[j])
             rows = [to_start[frame[j % 2]][j // 2] for j in range(4)]
-            ptx.stmatrix_x4(tile_kq + s * 2048, self.times(lk, rows))
-            if self.queries:
-                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, self.times(lq, rows))
+            self.store_rows(tile_kq + s * 2048, self.times(lk, rows), self.times(lq, rows))
             for j in range(4):
                 if frame[j % 2] < F - 1:
                     kr[j] = ptx.mul_bf16x2(kr[j], to_end[F - 1 - frame[j % 2]][j // 2])
@@ -1139,8 +1143,19 @@ class KdaFwdSm90:
     def tile_of(self, tile_kq: Int32, tile_kr: Int32, s: int):
         """Operand registers of 16 tokens x 16 channels: gates (an operand B), k, q."""
         g = ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True)
-        k = ptx.ldmatrix_x4(tile_kq + s * 2048)
-        return g, k, ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX) if self.queries else k
+        if not self.queries:
+            k = ptx.ldmatrix_x4(tile_kq + s * 2048)
+            return g, k, k
+        rows = [ptx.ldmatrix_x4(tile_kq + s * 2048 + r * 1024) for r in range(2)]
+        return g, *[[rows[j % 2][j // 2 * 2 + i] for j in range(4)] for i in range(2)]
+
+    def store_rows(self, at: Int32, k, q) -> None:
+        """What `tile_of` reads of k and q."""
+        if not self.queries:
+            ptx.stmatrix_x4(at, k)
+        else:
+            for r in range(2):
+                ptx.stmatrix_x4(at + r * 1024, (k[r], q[r], k[r + 2], q[r + 2]))
 
     def product_into(self, acc: cute.Tensor, quad: int, a, b) -> None:
         """Adds 8 rows of k and 8 of q, times 8 of k, of 16 channels, to a block of A and M."""

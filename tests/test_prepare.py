@@ -86,7 +86,7 @@ def prepare(
         ones = np.uint32(0x3C003C00)
         diagonal = np.where(col + 1 <= row, ones, np.where(col <= row, np.uint32(0x3C00), np.uint32(0)))
         lower = (diagonal, ones, np.uint32(0), diagonal)
-        tile, sums = kernel.tile_at(0, LANES), []
+        tile, rows, sums = kernel.tile_at(0, LANES), kernel.rows_at(LANES), []
         slope = {"safe": -fwd_sm90.LOG2_E * np.exp(A_log), "softplus": fwd_sm90.G_SCALE * np.exp(A_log),
                  "log": -fwd_sm90.LOG2_E * fwd_sm90.G_SCALE}[gate]  # fmt: skip
         for half in range(2):
@@ -96,7 +96,7 @@ def prepare(
                 kernel.clear_tail(LANES, half, tokens, STAGE)
             kernel.gate(f32(slope), BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
-            tile_kq, tile_kr = STAGE + half * kernel.k_half + tile, STAGE + kernel.at_g + half * kernel.kr_half + tile
+            tile_kq, tile_kr = STAGE + half * kernel.k_half + rows, STAGE + kernel.at_g + half * kernel.kr_half + tile
             table = STAGE + kernel.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
             for kk in range(4):
                 kernel.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
