@@ -237,6 +237,7 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
+        sLower = self.lower(table(512).toint(), warp)
         barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
@@ -314,8 +315,8 @@ class KdaFwdSm90:
                 cute.arch.setmaxregister_increase(self.regs_prepare)
             if warp < 4 + 2 * self.pairs:
                 self.prepare(
-                    warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
-                    A_log, dt_bias, lower_bound, work,
+                    warp - 4, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
+                    a_empty, A_log, dt_bias, lower_bound, work,
                 )  # fmt: skip
         else:
             if const_expr(self.sets_registers):
@@ -964,7 +965,7 @@ class KdaFwdSm90:
 
     @cute.jit
     def prepare(
-        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32,
+        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32, sLower: Int32,
         raw_full, gated, ready, solved, a_full, a_empty, A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
     ):  # fmt: skip
         """Pairs of warps, each every `pairs`-th chunk: q, k -> Qd, Kd in place; Kr where g was; M; A for `invert`.
@@ -975,15 +976,9 @@ class KdaFwdSm90:
         S, P, blocks, rank = self.own_stages, self.pairs, self.blocks, self.rank()
         pair, half, bias_at = warp // 2, warp % 2, sBias + warp * 256
         lane = cute.arch.lane_idx()
-        row, col = lane // 4, lane % 4 * 2
+        row = lane // 4
         lam = self.log2_of_factor(lower_bound)
-        # the lower triangle of ones as an operand A: sums over tokens run on the tensor cores
-        ones, zero, diagonal = Uint32(0x3C003C00), Uint32(0), Uint32(0)
-        if col <= row:
-            diagonal = Uint32(0x3C00)
-        if col + 1 <= row:
-            diagonal = ones
-        lower = (diagonal, ones, zero, diagonal)
+        lower = sLower + lane * 16
         tile, rows = self.tile_at(Int32(0), lane), self.rows_at(lane)
 
         n = Int32(0)  # chunks of the pieces before
@@ -1047,6 +1042,20 @@ class KdaFwdSm90:
             n = end
 
     @cute.jit
+    def lower(self, table: Int32, warp: Int32) -> Int32:
+        """Leaves the lower triangle of ones as an operand A: sums over tokens run on the tensor cores."""
+        lane = cute.arch.lane_idx()
+        row, col = lane // 4, lane % 4 * 2
+        if warp == 1:
+            ones, diagonal = Uint32(0x3C003C00), Uint32(0)
+            if col <= row:
+                diagonal = Uint32(0x3C00)
+            if col + 1 <= row:
+                diagonal = ones
+            ptx.sts_i32x4(table + lane * 16, tuple(Int32(x) for x in (diagonal, ones, Uint32(0), diagonal)))
+        return table
+
+    @cute.jit
     def global_f32(self, address: Int64, index: Int64) -> Float32:
         return cute.make_tensor(
             cute.make_ptr(Float32, address + index * 4, cute.AddressSpace.gmem), cute.make_layout(1)
@@ -1095,8 +1104,9 @@ class KdaFwdSm90:
             if lane + 32 * j >= valid * 8:
                 ptx.sts_16(box + (lane + 32 * j) * 16, Uint32(0))
 
-    def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
+    def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower: Int32, lam: Float32) -> None:
         """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
+        ones = ptx.lds_u32x4(lower)
         ahead = 2 if self.queries else 1  # without q there are fewer registers
         tiles = [self.tile_of(tile_kq, tile_kr, s) for s in range(ahead)]
         offset, shifts, F = [], [], self.frames  # by half of the channels
@@ -1119,7 +1129,7 @@ class KdaFwdSm90:
             frame = [(2 * s + r) * F // 4 for r in range(2)]
             x = []
             for nt in range(2):
-                G = ptx.mma_f16(lower, g[2 * nt], g[2 * nt + 1], (Float32(0.0),) * 4)
+                G = ptx.mma_f16(ones, g[2 * nt], g[2 * nt + 1], (Float32(0.0),) * 4)
                 x.append([ptx.fma(G[i], lam, offset[nt][2 * frame[i // 2] + i % 2]) for i in range(4)])
             lk, lq, ki, kr = self.decayed(k, q, x, w, acc, s)
             for r in range(2):
