@@ -223,7 +223,7 @@ class KdaBuildSm90(KdaFwdSm90):
         thread = cute.arch.thread_idx()[0]
         wg, channel = thread // 128, thread % 128
         plan, worker, nth = sPlan + wg // 2 % 2 * PLAN, first + wg // 2, wg % 2
-        weak, exists = Int32(0), Int32(0)
+        weak = Int32(0)
         if (wg < 4) & (ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END)):
             _, start, tokens, h, b, _, fate, span, _ = self.find_piece(
                 ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
@@ -232,7 +232,6 @@ class KdaBuildSm90(KdaFwdSm90):
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
                 if worker + 1 + nth <= span // SPAN:
-                    exists = Int32(1)
                     slope, bias, total = self.slope(A_log, h), Float32(0.0), Float32(0.0)
                     if dt_bias != 0:
                         bias = self.global_f32(dt_bias, Int64(h * D + channel))
@@ -248,13 +247,12 @@ class KdaBuildSm90(KdaFwdSm90):
                     ptx.sts_i32x4(at + 16, (worker, weak, weak, weak))
         if (wg < 4) & (channel == 0):
             ptx.sts_i32(sList + 128 + 4 * wg, weak)
-            ptx.sts_i32(sList + 144 + 4 * wg, exists)
         cute.arch.sync_threads()
         if thread == 0:
             count = Int32(0)
             for i in cutlass.range_constexpr(2):
                 own, then = ptx.lds_i32(sList + 128 + 8 * i), ptx.lds_i32(sList + 132 + 8 * i)
-                if (ptx.lds_i32(sList + 144 + 8 * i) != 0) & (self.rank() == 0):
+                if (first + i + 1 < workers) & (self.rank() == 0):
                     ptx.stg_i32(self.map_word(workspace, workers, first + i + 1), own)
                 if (own | then) != 0:
                     for j in cutlass.range_constexpr(2):
@@ -428,18 +426,24 @@ class KdaBuildSm90(KdaFwdSm90):
             for n in (1, 4)
         ]
         thread, worker, part = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.block_idx()[1]
-        self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
-        cute.arch.sync_threads()
-        begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
-        if begin < end:
-            numbers = self.find_piece(end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers)
-            nh, fate, last = self.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN
-            any_given = Int32(0)
-            if (fate & (COMPARED | SEGMENT)) == COMPARED:
-                for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
-                    any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
-            if ptx.uniform(any_given) > 0:
-                self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, flags)
+        any_given = Int32(0)
+        for i in cutlass.range(1 + cute.arch.lane_idx(), workers, 32, unroll=4):
+            any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
+        if ptx.uniform(any_given) > 0:  # often there are none
+            self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
+            cute.arch.sync_threads()
+            begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
+            if begin < end:
+                numbers = self.find_piece(
+                    end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
+                )
+                nh, fate, last = self.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN
+                any_given = Int32(0)
+                if (fate & (COMPARED | SEGMENT)) == COMPARED:
+                    for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
+                        any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
+                if ptx.uniform(any_given) > 0:
+                    self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, flags)
 
     @cute.jit
     def chain_of(
