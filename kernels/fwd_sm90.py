@@ -237,7 +237,7 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        sLower = self.lower(table(512).toint(), warp)
+        sLower = self.lower(table(512).toint(), warp, cute.arch.lane_idx())
         barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
@@ -1042,9 +1042,8 @@ class KdaFwdSm90:
             n = end
 
     @cute.jit
-    def lower(self, table: Int32, warp: Int32) -> Int32:
+    def lower(self, table: Int32, warp: Int32, lane: Int32) -> Int32:
         """Leaves the lower triangle of ones as an operand A: sums over tokens run on the tensor cores."""
-        lane = cute.arch.lane_idx()
         row, col = lane // 4, lane % 4 * 2
         if warp == 1:
             ones, diagonal = Uint32(0x3C003C00), Uint32(0)
@@ -1052,7 +1051,7 @@ class KdaFwdSm90:
                 diagonal = Uint32(0x3C00)
             if col + 1 <= row:
                 diagonal = ones
-            ptx.sts_i32x4(table + lane * 16, tuple(Int32(x) for x in (diagonal, ones, Uint32(0), diagonal)))
+            ptx.sts_u32x4(table + lane * 16, (diagonal, ones, Uint32(0), diagonal))
         return table
 
     @cute.jit

@@ -407,6 +407,11 @@ def sts_i32x4(address: Int32, x: tuple[Int32, Int32, Int32, Int32], *, loc=None,
 
 
 @dsl_user_op
+def sts_u32x4(address: Int32, x: U4, *, loc=None, ip=None) -> None:
+    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,r,r,r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def sts_16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
     """x four times."""
     _asm("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", [], [address, x], "r,r,~{memory}", True, loc, ip)

@@ -86,6 +86,9 @@ class Warp:
     def lds_u32x4(self, at):
         return self.load(at, 4, u32)
 
+    def sts_u32x4(self, at, x):
+        self.store(at, *(np.asarray(i, np.uint32) for i in x))
+
     def sts_f32(self, at, x):
         self.store(at, np.asarray(x, f32))
 
