@@ -236,8 +236,8 @@ class KdaFwdSm90:
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
-        sBias = table(256 * (self.gate_warps or 2 * self.pairs)).toint()  # of each warp that makes gates
-        sLower = self.lower(table(512).toint(), warp, cute.arch.lane_idx())
+        sBias = table(256 * (self.gate_warps or 2 * self.pairs), 16).toint()  # of each warp that makes gates
+        sLower = self.lower(table(512, 16).toint(), warp, cute.arch.lane_idx())
         barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
