@@ -237,7 +237,6 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs), 16).toint()  # of each warp that makes gates
-        sLower = self.lower(table(512, 16).toint(), warp, cute.arch.lane_idx())
         barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
@@ -315,8 +314,8 @@ class KdaFwdSm90:
                 cute.arch.setmaxregister_increase(self.regs_prepare)
             if warp < 4 + 2 * self.pairs:
                 self.prepare(
-                    warp - 4, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
-                    a_empty, A_log, dt_bias, lower_bound, work,
+                    warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
+                    A_log, dt_bias, lower_bound, work,
                 )  # fmt: skip
         else:
             if const_expr(self.sets_registers):
@@ -965,7 +964,7 @@ class KdaFwdSm90:
 
     @cute.jit
     def prepare(
-        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32, sLower: Int32,
+        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32,
         raw_full, gated, ready, solved, a_full, a_empty, A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
     ):  # fmt: skip
         """Pairs of warps, each every `pairs`-th chunk: q, k -> Qd, Kd in place; Kr where g was; M; A for `invert`.
@@ -978,7 +977,7 @@ class KdaFwdSm90:
         lane = cute.arch.lane_idx()
         row = lane // 4
         lam = self.log2_of_factor(lower_bound)
-        lower = sLower + lane * 16
+        upper = self.upper(row, lane % 4 * 2)
         tile, rows = self.tile_at(Int32(0), lane), self.rows_at(lane)
 
         n = Int32(0)  # chunks of the pieces before
@@ -1011,6 +1010,7 @@ class KdaFwdSm90:
                 acc = cute.make_rmem_tensor((4 * len(QUADS) + 4,), Float32)
                 for i in cutlass.range_constexpr(4 * len(QUADS) + 4):
                     acc[i] = Float32(0.0)
+                lower = self.lower(upper)
                 for kk in cutlass.range(4, unroll=1):
                     self.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
                 A, M, q2 = self.accumulators(acc)
@@ -1041,18 +1041,14 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_arrive(ready + stage)
             n = end
 
-    @cute.jit
-    def lower(self, table: Int32, warp: Int32, lane: Int32) -> Int32:
-        """Leaves the lower triangle of ones as an operand A: sums over tokens run on the tensor cores."""
-        row, col = lane // 4, lane % 4 * 2
-        if warp == 1:
-            ones, diagonal = Uint32(0x3C003C00), Uint32(0)
-            if col <= row:
-                diagonal = Uint32(0x3C00)
-            if col + 1 <= row:
-                diagonal = ones
-            ptx.sts_u32x4(table + lane * 16, (diagonal, ones, Uint32(0), diagonal))
-        return table
+    def upper(self, row: Int32, col: Int32) -> Uint32:
+        """Two elements of the upper triangle of ones, fp16: (row, col), (row, col + 1)."""
+        return Uint32(0x3C00) * Uint32(row <= col) | Uint32(0x3C000000) * Uint32(row <= col + 1)
+
+    def lower(self, upper: Uint32):
+        """The lower triangle of ones as an operand A: sums over tokens run on the tensor cores. Transposed, since ptxas
+        makes constants anew at each use."""
+        return tuple(ptx.transpose(x) for x in (upper, Uint32(0x3C003C00), Uint32(0), upper))
 
     @cute.jit
     def global_f32(self, address: Int64, index: Int64) -> Float32:
@@ -1103,17 +1099,16 @@ class KdaFwdSm90:
             if lane + 32 * j >= valid * 8:
                 ptx.sts_16(box + (lane + 32 * j) * 16, Uint32(0))
 
-    def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower: Int32, lam: Float32) -> None:
+    def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
         """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
-        ones = ptx.lds_u32x4(lower)
+        F = self.frames
+        at = [table + nt * 64 for nt in range(2)]  # by half of the channels
+        g = [ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True) for s in range(2)]
+        offset = [ptx.lds_f32x4(a) + (ptx.lds_f32x4(a + 512) if F == 4 else ()) for a in at]
         ahead = 2 if self.queries else 1  # without q there are fewer registers
-        tiles = [self.tile_of(tile_kq, tile_kr, s) for s in range(ahead)]
-        offset, shifts, F = [], [], self.frames  # by half of the channels
-        for nt in range(2):
-            at = table + nt * 64
-            offset.append(ptx.lds_f32x4(at) + (ptx.lds_f32x4(at + 512) if F == 4 else ()))
-            shifts.append(ptx.lds_u32x2(at + 1032) + (ptx.lds_u32x2(at + 1536) if F == 4 else ()))
-        w = [ptx.lds_f32x2(table + nt * 64 + 1024) for nt in range(2)]
+        tiles = [self.tile_of(tile_kq, s) for s in range(ahead)]
+        shifts = [ptx.lds_u32x2(a + 1032) + (ptx.lds_u32x2(a + 1536) if F == 4 else ()) for a in at]
+        w = [ptx.lds_f32x2(a + 1024) for a in at]
         roots = shifts = list(zip(*shifts, strict=True))  # by frame
         if self.step == 2:
             shifts = [shifts[0], *(self.times(x, x) for x in shifts[1:])]
@@ -1124,11 +1119,11 @@ class KdaFwdSm90:
             to_end.append(self.times(to_end[-1], shifts[i]))
         before = []  # k 2^-x of 8 tokens each, as operands B, relative to the present frame's anchor
         for s in range(2):
-            g, k, q = tiles[s] if s < ahead else self.tile_of(tile_kq, tile_kr, s)
+            k, q = tiles[s] if s < ahead else self.tile_of(tile_kq, s)
             frame = [(2 * s + r) * F // 4 for r in range(2)]
             x = []
             for nt in range(2):
-                G = ptx.mma_f16(ones, g[2 * nt], g[2 * nt + 1], (Float32(0.0),) * 4)
+                G = ptx.mma_f16(lower, g[s][2 * nt], g[s][2 * nt + 1], (Float32(0.0),) * 4)
                 x.append([ptx.fma(G[i], lam, offset[nt][2 * frame[i // 2] + i % 2]) for i in range(4)])
             lk, lq, ki, kr = self.decayed(k, q, x, w, acc, s)
             for r in range(2):
@@ -1149,14 +1144,13 @@ class KdaFwdSm90:
                     kr[j] = ptx.mul_bf16x2(kr[j], to_end[F - 1 - frame[j % 2]][j // 2])
             ptx.stmatrix_x4(tile_kr + s * 2048, tuple(kr))
 
-    def tile_of(self, tile_kq: Int32, tile_kr: Int32, s: int):
-        """Operand registers of 16 tokens x 16 channels: gates (an operand B), k, q."""
-        g = ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True)
+    def tile_of(self, tile_kq: Int32, s: int):
+        """k and q of 16 tokens x 16 channels."""
         if not self.queries:
             k = ptx.ldmatrix_x4(tile_kq + s * 2048)
-            return g, k, k
+            return k, k
         rows = [ptx.ldmatrix_x4(tile_kq + s * 2048 + r * 1024) for r in range(2)]
-        return g, *[[rows[j % 2][j // 2 * 2 + i] for j in range(4)] for i in range(2)]
+        return [[rows[j % 2][j // 2 * 2 + i] for j in range(4)] for i in range(2)]
 
     def store_rows(self, at: Int32, k, q) -> None:
         """What `tile_of` reads of k and q."""

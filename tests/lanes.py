@@ -86,9 +86,6 @@ class Warp:
     def lds_u32x4(self, at):
         return self.load(at, 4, u32)
 
-    def sts_u32x4(self, at, x):
-        self.store(at, *(np.asarray(i, np.uint32) for i in x))
-
     def sts_f32(self, at, x):
         self.store(at, np.asarray(x, f32))
 
@@ -116,6 +113,10 @@ class Warp:
             halves = halves.transpose(0, 2, 1)
         pairs = np.ascontiguousarray(halves).view(u32)  # [matrix, row, column pair]
         return tuple(pairs[m].reshape(32) for m in range(4))
+
+    def transpose(self, x):
+        halves = np.ascontiguousarray(np.broadcast_to(np.asarray(x, u32), (32,))).view(np.uint16).reshape(8, 8)
+        return np.ascontiguousarray(halves.T).view(u32).reshape(32)
 
     def stmatrix_x4(self, at, r, *, trans=False):
         rows = np.broadcast_to(at, (32,)).reshape(4, 8)

@@ -215,7 +215,9 @@ def errors(
     A_log = torch.zeros(H, device=DEVICE)
     if gates == "strong":
         A_log = rand(H) if lower_bound else torch.linspace(0, math.log(200), H, device=DEVICE)
-    dt_bias = {"strong": rand(H, D), "weak": torch.full((H, D), -8.0, device=DEVICE), "mixed": 12 * rand(H, D) - 10}
+    # the softplus gate without A_log is a fifth of the safe one where both are weak: then as weak as that one
+    weak = -8.0 + (0 if lower_bound else math.log(5))
+    dt_bias = {"strong": rand(H, D), "weak": torch.full((H, D), weak, device=DEVICE), "mixed": 12 * rand(H, D) - 10}
     kwargs: dict[str, Any] = dict(
         q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias[gates], use_qk_l2norm_in_kernel=True,
         use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, lower_bound=lower_bound, state_v_first=True,
