@@ -145,6 +145,7 @@ class KdaBuildSm90(KdaFwdSm90):
         sPlan = table(2 * PLAN).toint()
         sList = table(5 * 32).toint()
         sBias = table(256 * 2 * self.pairs).toint()
+        sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
         bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty, left = bars + 5 * S, bars + 5 * S + SYSTEMS, bars + 5 * S + 2 * SYSTEMS
@@ -199,8 +200,8 @@ class KdaBuildSm90(KdaFwdSm90):
             elif warp < 12:
                 cute.arch.setmaxregister_decrease(self.regs_prepare)
                 self.prepare(
-                    warp - 8, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
-                    A_log, dt_bias, lower_bound, work,
+                    warp - 8, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
+                    a_empty, A_log, dt_bias, lower_bound, work,
                 )  # fmt: skip
             else:
                 cute.arch.setmaxregister_increase(self.regs_state)

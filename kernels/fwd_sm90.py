@@ -101,6 +101,7 @@ SPAN = 1 << 16  # first worker and SPAN times the last one
 # What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
 # guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
 FORGOTTEN = 2.0**-48
+SUMS = 48  # of products over channels, that a lane has: of 12 of 16 x 8 with frames of 16 tokens, of 10 with 8
 QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 blocks of A and M
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
@@ -237,6 +238,7 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.gate_warps or 2 * self.pairs), 16).toint()  # of each warp that makes gates
+        sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
         barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
@@ -314,8 +316,8 @@ class KdaFwdSm90:
                 cute.arch.setmaxregister_increase(self.regs_prepare)
             if warp < 4 + 2 * self.pairs:
                 self.prepare(
-                    warp - 4, ring.toint(), sTables, sSystems, sBias, raw_full, gated, ready, solved, a_full, a_empty,
-                    A_log, dt_bias, lower_bound, work,
+                    warp - 4, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
+                    a_empty, A_log, dt_bias, lower_bound, work,
                 )  # fmt: skip
         else:
             if const_expr(self.sets_registers):
@@ -565,12 +567,6 @@ class KdaFwdSm90:
         """A lane's address for a 16 x 16 tile of ldmatrix and stmatrix: row lane % 16, 16-byte column lane // 16, in
         the 128-byte swizzle."""
         return base + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
-
-    def rows_at(self, lane: Int32) -> Int32:
-        """The same for 8 rows of k and the same 8 of q, which lie a box behind: what a product takes at once."""
-        if not self.queries:
-            return self.tile_at(Int32(0), lane)
-        return lane // 8 % 2 * BOX + lane % 8 * 128 + ((lane // 16) ^ (lane % 8)) * 16
 
     # ------------------------------------------------------------------ load
 
@@ -964,7 +960,7 @@ class KdaFwdSm90:
 
     @cute.jit
     def prepare(
-        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32,
+        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32, sLower: Int32,
         raw_full, gated, ready, solved, a_full, a_empty, A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
     ):  # fmt: skip
         """Pairs of warps, each every `pairs`-th chunk: q, k -> Qd, Kd in place; Kr where g was; M; A for `invert`.
@@ -977,8 +973,8 @@ class KdaFwdSm90:
         lane = cute.arch.lane_idx()
         row = lane // 4
         lam = self.log2_of_factor(lower_bound)
-        upper = self.upper(row, lane % 4 * 2)
-        tile, rows = self.tile_at(Int32(0), lane), self.rows_at(lane)
+        lower = sLower + (Int32(lane % 4 * 2 <= row) + Int32(lane % 4 * 2 < row)) * 16
+        tile = self.tile_at(Int32(0), lane)
 
         n = Int32(0)  # chunks of the pieces before
         for nth in cutlass.range(self.count(work), unroll=1):
@@ -1003,16 +999,16 @@ class KdaFwdSm90:
                 else:
                     self.wait(gated + stage, own // S & 1, lane)
                 cute.arch.sync_warp()
-                tile_kq = sStage + half * self.k_half + rows
+                tile_kq = sStage + half * self.k_half + tile
                 tile_kr = sStage + self.at_g + half * self.kr_half + tile
                 table = sStage + self.at_t + half * ANCHORS + lane % 4 * 16
                 # of Kd Ki^T and Qd Ki^T the blocks on and below the diagonal, and |q|^2: sums over the warp's channels
-                acc = cute.make_rmem_tensor((4 * len(QUADS) + 4,), Float32)
-                for i in cutlass.range_constexpr(4 * len(QUADS) + 4):
+                acc = cute.make_rmem_tensor((SUMS + 4,), Float32)
+                for i in cutlass.range_constexpr(SUMS + 4):
                     acc[i] = Float32(0.0)
-                lower = self.lower(upper)
+                triangle = ptx.lds_u32x4(lower)
                 for kk in cutlass.range(4, unroll=1):
-                    self.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
+                    self.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, triangle, lam)
                 A, M, q2 = self.accumulators(acc)
 
                 # `invert` takes A and the squares from one of its buffers
@@ -1041,14 +1037,14 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_arrive(ready + stage)
             n = end
 
-    def upper(self, row: Int32, col: Int32) -> Uint32:
-        """Two elements of the upper triangle of ones, fp16: (row, col), (row, col + 1)."""
-        return Uint32(0x3C00) * Uint32(row <= col) | Uint32(0x3C000000) * Uint32(row <= col + 1)
-
-    def lower(self, upper: Uint32):
-        """The lower triangle of ones as an operand A: sums over tokens run on the tensor cores. Transposed, since ptxas
-        makes constants anew at each use."""
-        return tuple(ptx.transpose(x) for x in (upper, Uint32(0x3C003C00), Uint32(0), upper))
+    @cute.jit
+    def lower(self, table: Int32, warp: Int32, lane: Int32) -> Int32:
+        """The lower triangle of ones as an operand A, to sum over tokens: what a lane has whose two elements on the
+        diagonal are 0, 0 or 1, 0 or 1, 1. In shared memory, since ptxas makes constants anew at each use."""
+        if (warp == 1) & (lane < 3):
+            diagonal = Uint32(0x3C00) * Uint32(lane > 0) | Uint32(0x3C000000) * Uint32(lane > 1)
+            ptx.sts_u32x4(table + lane * 16, (diagonal, Uint32(0x3C003C00), Uint32(0), diagonal))
+        return table
 
     @cute.jit
     def global_f32(self, address: Int64, index: Int64) -> Float32:
@@ -1134,11 +1130,18 @@ class KdaFwdSm90:
                         last = self.times(last, roots[frame[r]])
                     before = [self.times(b, shifts[frame[r]]) for b in older] + [self.times(last, roots[frame[r]])]
                 before.append((ki[r], ki[r + 2]))
-                a = (lk[r], lq[r], lk[r + 2], lq[r + 2])
-                for j in range(i + 1):
-                    self.product_into(acc, QUADS.index((i, j)), a, before[j])
+                if F == 4:  # 8 rows of k, the same of q
+                    for j in range(i + 1):
+                        a = (lk[r], lq[r], lk[r + 2], lq[r + 2])
+                        self.product_into(acc, QUADS.index((i, j)), a, before[j], 4 if self.queries else 2)
+            if F == 2:
+                for j, b in enumerate(before):
+                    for i, a in enumerate((lk, lq) if self.queries else (lk,)):
+                        self.product_into(acc, SUMS // 8 * i + 2 * s + j, a, b, 4)
             rows = [to_start[frame[j % 2]][j // 2] for j in range(4)]
-            self.store_rows(tile_kq + s * 2048, self.times(lk, rows), self.times(lq, rows))
+            ptx.stmatrix_x4(tile_kq + s * 2048, self.times(lk, rows))
+            if self.queries:
+                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, self.times(lq, rows))
             for j in range(4):
                 if frame[j % 2] < F - 1:
                     kr[j] = ptx.mul_bf16x2(kr[j], to_end[F - 1 - frame[j % 2]][j // 2])
@@ -1146,31 +1149,23 @@ class KdaFwdSm90:
 
     def tile_of(self, tile_kq: Int32, s: int):
         """k and q of 16 tokens x 16 channels."""
-        if not self.queries:
-            k = ptx.ldmatrix_x4(tile_kq + s * 2048)
-            return k, k
-        rows = [ptx.ldmatrix_x4(tile_kq + s * 2048 + r * 1024) for r in range(2)]
-        return [[rows[j % 2][j // 2 * 2 + i] for j in range(4)] for i in range(2)]
+        k = ptx.ldmatrix_x4(tile_kq + s * 2048)
+        return k, ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX) if self.queries else k
 
-    def store_rows(self, at: Int32, k, q) -> None:
-        """What `tile_of` reads of k and q."""
-        if not self.queries:
-            ptx.stmatrix_x4(at, k)
-        else:
-            for r in range(2):
-                ptx.stmatrix_x4(at + r * 1024, (k[r], q[r], k[r + 2], q[r + 2]))
-
-    def product_into(self, acc: cute.Tensor, quad: int, a, b) -> None:
-        """Adds 8 rows of k and 8 of q, times 8 of k, of 16 channels, to a block of A and M."""
-        used = 4 if self.queries else 2
-        out = ptx.mma_bf16(a, *b, tuple(acc[4 * quad + i] if i < used else Float32(0.0) for i in range(4)))
+    def product_into(self, acc: cute.Tensor, block: int, a, b, used: int) -> None:
+        """Adds 16 rows times 8 of k, of 16 channels, to a block of sums, if it uses 8 of the rows only half of it."""
+        out = ptx.mma_bf16(a, *b, tuple(acc[4 * block + i] if i < used else Float32(0.0) for i in range(4)))
         for i in range(used):
-            acc[4 * quad + i] = out[i]
+            acc[4 * block + i] = out[i]
 
     def accumulators(self, acc: cute.Tensor):
-        """A and M by block, and the four sums of squares."""
-        A, M = [[(acc[4 * b + at], acc[4 * b + at + 1]) for b in range(len(QUADS))] for at in (0, 2)]
-        return A, M, [acc[4 * len(QUADS) + i] for i in range(4)]
+        """A and M by 8 x 8 block, and the four sums of squares."""
+        if self.frames == 2:
+            rows = [4 * (i // 2 * 2 + j) + i % 2 * 2 for i, j in QUADS]
+            A, M = [[(acc[at + x], acc[at + x + 1]) for x in rows] for at in (0, SUMS // 2)]
+        else:
+            A, M = [[(acc[4 * b + at], acc[4 * b + at + 1]) for b in range(len(QUADS))] for at in (0, 2)]
+        return A, M, [acc[SUMS + i] for i in range(4)]
 
     def decayed(self, k, q, x, w, acc: cute.Tensor, s: int):
         """k 2^x, q 2^x, k 2^-x and k 2^-x w of 16 tokens x 16 channels, x = G - p and w = 2^(G_C - p) of the last p."""
@@ -1180,7 +1175,7 @@ class KdaFwdSm90:
             up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
             kf, qf = self.pair(k[j], self.config.dtype), self.pair(q[j], self.config.dtype)
             if self.queries:
-                at = 4 * len(QUADS) + 2 * s + j % 2
+                at = SUMS + 2 * s + j % 2
                 acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
             kd = [kf[i] * down[i] for i in range(2)]
             lk.append(ptx.pack_bf16(kf[0] * up[0], kf[1] * up[1]))

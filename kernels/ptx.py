@@ -60,12 +60,6 @@ def stmatrix_x4(address: Int32, r: U4, *, trans: bool = False, loc=None, ip=None
     )  # fmt: skip
 
 
-@dsl_user_op
-def transpose(x: Uint32, *, loc=None, ip=None) -> Uint32:
-    """An 8 x 8 matrix of 16-bit elements, transposed within a warp."""
-    return _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [Uint32], [x], "=r,r", True, loc, ip)
-
-
 def _mma(dtype: str, a: U4, b0: Uint32, b1: Uint32, c: F4, loc, ip) -> F4:
     return _asm(
         f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
@@ -409,6 +403,11 @@ def sts_i32(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
 
 @dsl_user_op
 def sts_i32x4(address: Int32, x: tuple[Int32, Int32, Int32, Int32], *, loc=None, ip=None) -> None:
+    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,r,r,r,r,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def sts_u32x4(address: Int32, x: U4, *, loc=None, ip=None) -> None:
     _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [], [address, *x], "r,r,r,r,r,~{memory}", True, loc, ip)
 
 

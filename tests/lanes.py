@@ -95,6 +95,9 @@ class Warp:
     def sts_f32x4(self, at, x):
         self.store(at, *(np.asarray(y, f32) for y in x))
 
+    def sts_u32x4(self, at, x):
+        self.store(at, *(np.asarray(y, u32) for y in x))
+
     def sts_16(self, at, x):
         self.store(at, x, x, x, x)
 
@@ -113,10 +116,6 @@ class Warp:
             halves = halves.transpose(0, 2, 1)
         pairs = np.ascontiguousarray(halves).view(u32)  # [matrix, row, column pair]
         return tuple(pairs[m].reshape(32) for m in range(4))
-
-    def transpose(self, x):
-        halves = np.ascontiguousarray(np.broadcast_to(np.asarray(x, u32), (32,))).view(np.uint16).reshape(8, 8)
-        return np.ascontiguousarray(halves.T).view(u32).reshape(32)
 
     def stmatrix_x4(self, at, r, *, trans=False):
         rows = np.broadcast_to(at, (32,)).reshape(4, 8)

@@ -13,7 +13,7 @@ from tests.lanes import LANES, Warp, bf16, bf16_pair, copy_of, lane_by_lane, on_
 fwd_sm90: Any = copy_of("kda_cute.kernels.fwd_sm90")
 A_ROW, BOX, C, D = fwd_sm90.A_ROW, fwd_sm90.BOX, fwd_sm90.C, fwd_sm90.D
 
-STAGE, TABLE, SYS, BIAS = 0, 45056, 49152, 57344
+STAGE, TABLE, SYS, BIAS, LOWER = 0, 45056, 49152, 57344, 58368
 f32 = np.float32
 
 
@@ -80,10 +80,14 @@ def prepare(
             at = swizzled(kernel.at_g + half * kernel.kr_half + col // 32 * BOX, row, col % 32 * 4)
             for i in range(4):
                 warp.memory[at + i] = g[:, cols].astype(f32).view(np.uint32) >> (8 * i) & 255
+    for lane in range(3):  # code with branches
+        with on_the_cpu(fwd_sm90, Warp(warp)):
+            kernel.lower(LOWER, 1, np.int64(lane))
     with on_the_cpu(fwd_sm90, warp):
         lam = kernel.log2_of_factor(f32(lower_bound))
-        lower = kernel.lower(kernel.upper(LANES // 4, LANES % 4 * 2))
-        tile, rows, sums = kernel.tile_at(0, LANES), kernel.rows_at(LANES), []
+        row, col = LANES // 4, LANES % 4 * 2
+        lower = warp.lds_u32x4(LOWER + 16 * ((col <= row).astype(int) + (col < row)))
+        tile, sums = kernel.tile_at(0, LANES), []
         slope = {"safe": -fwd_sm90.LOG2_E * np.exp(A_log), "softplus": fwd_sm90.G_SCALE * np.exp(A_log),
                  "log": -fwd_sm90.LOG2_E * fwd_sm90.G_SCALE}[gate]  # fmt: skip
         for half in range(2):
@@ -93,24 +97,17 @@ def prepare(
                 kernel.clear_tail(LANES, half, tokens, STAGE)
             kernel.gate(f32(slope), BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
-            tile_kq, tile_kr = STAGE + half * kernel.k_half + rows, STAGE + kernel.at_g + half * kernel.kr_half + tile
+            tile_kq, tile_kr = STAGE + half * kernel.k_half + tile, STAGE + kernel.at_g + half * kernel.kr_half + tile
             table = STAGE + kernel.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
             for kk in range(4):
-                kernel.decay(
-                    acc,
-                    tile_kq ^ (kk * 32),
-                    tile_kr ^ (kk * 32),
-                    table + kk * 128,
-                    lower,
-                    lam,
-                )
+                kernel.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
             sums.append(kernel.accumulators(acc))
         a_at, m_at = SYS + LANES * 16, STAGE + kernel.at_t + LANES * 16
         for half, (A, M, _) in enumerate(sums):
             kernel.give(a_at, m_at, A, M, half)
         A, M = kernel.take(a_at, sums[0][0]), kernel.take(m_at, sums[1][1])
         q2 = [kernel.quad_sum(sums[0][2][i]) + kernel.quad_sum(sums[1][2][i]) for i in range(4)]
-    for lane in range(32):  # code with branches
+    for lane in range(32):
         one = Warp(warp)
         with on_the_cpu(fwd_sm90, one):
             kernel.store_a([(x[0][lane], x[1][lane]) for x in A], SYS, np.int64(lane))
