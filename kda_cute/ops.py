@@ -261,7 +261,7 @@ def _with_checkpoints(
         dtype = v.dtype
     if cu_seqlens is None:
         count = -(-T // interval)
-        rows, first = B * count, torch.arange(0, B * count, max(count, 1), dtype=torch.int32, device=v.device)[:B]
+        rows, first = B * count, count * torch.arange(B, dtype=torch.int32, device=v.device)
     else:
         counts = (cu_seqlens.diff() + interval - 1) // interval
         rows, first = T // interval + N, (counts.cumsum(0) - counts).int()

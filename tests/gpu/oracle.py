@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kda_cute import chunk_kda
 from kda_cute.reference import chunked
 from tests.strategies import Call
 
@@ -112,6 +113,19 @@ def check_state(call: Call, S: torch.Tensor, expected: Truth) -> None:
     if empty.any():
         empty = empty.to(S.device)
         assert torch.equal(S[empty], expected.S[empty].to(S.dtype)), "final_state of an empty sequence changed"
+
+
+def check_checkpoints(call: Call, states: torch.Tensor) -> None:
+    """Per checkpoint and head."""
+    case, kwargs = call.case, call.kwargs
+    interval = case.checkpoint_interval
+    assert interval is not None
+    want = chunk_kda(**kwargs, checkpoint_interval=interval, backend="reference")[2]
+    assert states.shape == want.shape and states.dtype == torch.float32
+    count = states.shape[1] if case.cu_seqlens is None else sum(-(-n // interval) for n in case.lengths)
+    error = (states - want)[:, :count].flatten(3).norm(dim=-1)
+    allowed = BOUND * want[:, :count].flatten(3).norm(dim=-1) + _nothing(call)
+    assert (error <= allowed).all(), f"checkpoints: {(error / allowed).max():.2f} times as far off as allowed"
 
 
 def _nothing(call: Call) -> float:

@@ -20,7 +20,7 @@ from kda_cute import contract, ops
 from kda_cute.kernels.config import ITEM_COST, part
 from kda_cute.ops import chunk_kda, chunk_kda_summary, fwd
 from kda_cute.reference import chunked, recurrence
-from tests.gpu.oracle import BOUND, check_o, check_state, relative_error, truth
+from tests.gpu.oracle import BOUND, check_checkpoints, check_o, check_state, relative_error, truth
 from tests.strategies import DTYPES, Call, Case, Guarded, cases, make
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +104,8 @@ def check(case: Case) -> None:
     before = {name: guarded.snapshot() for name, guarded in {**call.inputs, **outputs}.items()}
     pool = call.tensors["initial_state"].clone() if indices is not None else None
 
-    o, S = chunk_kda(**{**call.kwargs, **{name: guarded.tensor for name, guarded in outputs.items()}})
+    given = {**call.kwargs, **{name: guarded.tensor for name, guarded in outputs.items()}}
+    o, S, *states = chunk_kda(**given, checkpoint_interval=case.checkpoint_interval)
 
     covered = case.T if case.cu_seqlens is None else case.cuts[-1]
     intact = {}
@@ -120,15 +121,17 @@ def check(case: Case) -> None:
 
     assert o.shape == shape and o.dtype == DTYPES[case.dtype]
     check_o(call, o, expected)
+    if case.checkpoint_interval is not None:
+        check_checkpoints(call, states[0])
     if indices is not None:
         assert S is outputs["initial_state"].tensor and pool is not None
         kept = indices >= 0
         others = torch.ones(len(S), dtype=torch.bool, device=S.device)
         others[indices[kept]] = False
         assert torch.equal(S[others], pool[others])
-        states = expected.S.to(S.dtype)  # what is not kept is not compared
-        states[kept] = S[indices[kept]]
-        check_state(call, states, expected)
+        final = expected.S.to(S.dtype)  # what is not kept is not compared
+        final[kept] = S[indices[kept]]
+        check_state(call, final, expected)
     elif case.final_state is None:
         assert S is None
     else:
