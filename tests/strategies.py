@@ -308,7 +308,7 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         common = dtype == g_dtype == "bf16" and not neg_eigval
         dim = st.sampled_from((128, 128, 64)) if common else st.just(128)
     K, V = draw(dim), draw(dim)
-    intervals = (None, None, None, 32, 64, 96) if served and common and K == V == 128 and pool is None else (None,)
+    intervals = (None, 32, 64, 96) if served and common and K == V == 128 and pool is None else (None,)
     quantum = 4 if g_dtype == "fp32" else 8
     return Case(
         seed=draw(st.integers(0, 2**31 - 1)),
