@@ -61,7 +61,8 @@ class KdaBuildSm90(KdaFwdSm90):
         self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
         self.gate_warps = 2
         self.threads = 640
-        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 64, 72, 88, 144
+        # to share out are the 96 a lane that 640 threads get at their launch
+        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 40, 64, 88, 144
 
     @cute.jit
     def __call__(
@@ -183,19 +184,19 @@ class KdaBuildSm90(KdaFwdSm90):
                 if warp == 0:
                     self.load_all(k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work)
                 elif warp == 1:
-                    self.invert(
-                        ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
-                        beta, Float32(1.0), flags, H, T, work,
-                    )  # fmt: skip
-                elif warp == 2:
                     self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
-                else:
+                elif warp == 2:
                     self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
             elif warp < 8:
                 cute.arch.setmaxregister_decrease(self.regs_gates)
                 if warp < 6:
                     self.gates(
                         warp - 4, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
+                    )  # fmt: skip
+                elif warp == 6:
+                    self.invert(
+                        ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
+                        beta, Float32(1.0), flags, H, T, work,
                     )  # fmt: skip
             elif warp < 12:
                 cute.arch.setmaxregister_decrease(self.regs_prepare)
