@@ -34,7 +34,6 @@ from .fwd_sm90 import (
     PLAN,
     SEGMENT,
     SPAN,
-    STATE_BAR,
     SYSTEM,
     SYSTEMS,
     TABLES,
@@ -45,6 +44,9 @@ from .fwd_sm90 import (
 )
 
 ROWS = 16  # of the state, in a block of `chain`
+# Above, products and sums of the chunks in between may overflow where those with a map of all of them do not, and what
+# is NaN without maps would be a number. Such states are waited for, as those that are not finite.
+MODERATE = 2.0**40
 
 
 class KdaBuildSm90(KdaFwdSm90):
@@ -144,7 +146,7 @@ class KdaBuildSm90(KdaFwdSm90):
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(2 * PLAN).toint()
-        sList = table(5 * 32).toint()
+        sList = table(6 * 32).toint()
         sBias = table(256 * 2 * self.pairs).toint()
         sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
         bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
@@ -240,19 +242,18 @@ class KdaBuildSm90(KdaFwdSm90):
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
                         total += self.factor(Float32(g[t, channel, h, b]), slope, bias)
                     total = total * self.log2_of_factor(lower_bound)
-                    forgets = ptx.all_of(total < math.log2(FORGOTTEN), STATE_BAR + wg)
-                    weak = Int32(1) - Int32(forgets)
+                    weak = ptx.uniform(Int32(1) - Int32(total < math.log2(FORGOTTEN)))
                 if (channel == 0) & (nth == 0):
                     at = sList + 32 * (2 + wg // 2)
                     ptx.sts_i32x4(at, (start, tokens, h, b))
                     ptx.sts_i32x4(at + 16, (worker, weak, weak, weak))
-        if (wg < 4) & (channel == 0):
-            ptx.sts_i32(sList + 128 + 4 * wg, weak)
+        if (wg < 4) & (channel % 32 == 0):
+            ptx.sts_i32(sList + 128 + thread // 32 * 4, weak)
         cute.arch.sync_threads()
         if thread == 0:
             count = Int32(0)
             for i in cutlass.range_constexpr(2):
-                own, then = ptx.lds_i32(sList + 128 + 8 * i), ptx.lds_i32(sList + 132 + 8 * i)
+                own, then = self.any_of(sList + 128 + 32 * i), self.any_of(sList + 144 + 32 * i)
                 if (first + i + 1 < workers) & (self.rank() == 0):
                     ptx.stg_i32(self.map_word(workspace, workers, first + i + 1), own)
                 if (own | then) != 0:
@@ -262,6 +263,11 @@ class KdaBuildSm90(KdaFwdSm90):
                     count += 1
             ptx.sts_i32(sList + 128, count)
         cute.arch.sync_threads()
+
+    def any_of(self, at: Int32) -> Int32:
+        """What one of four warps has found."""
+        x = ptx.lds_i32x4(at)
+        return x[0] | x[1] | x[2] | x[3]
 
     def count(self, work) -> Int32:
         return ptx.uniform(ptx.lds_i32(work[0] + 128))
@@ -426,12 +432,15 @@ class KdaBuildSm90(KdaFwdSm90):
             smem.allocate_tensor(Uint8, cute.make_layout(n * D * ROWS * 4), byte_alignment=128).iterator.toint()
             for n in (1, 4)
         ]
+        sExtreme = smem.allocate_tensor(Uint8, cute.make_layout(16), byte_alignment=16).iterator.toint()
         thread, worker, part = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.block_idx()[1]
         any_given = Int32(0)
         for i in cutlass.range(1 + cute.arch.lane_idx(), workers, 32, unroll=4):
             any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
         if ptx.uniform(any_given) > 0:  # often there are none
             self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
+            if thread == 0:
+                ptx.sts_i32(sExtreme, Int32(0))
             cute.arch.sync_threads()
             begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
             if begin < end:
@@ -444,12 +453,14 @@ class KdaBuildSm90(KdaFwdSm90):
                     for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
                         any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
                 if ptx.uniform(any_given) > 0:
-                    self.chain_of(initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, flags)
+                    self.chain_of(
+                        initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, sExtreme, flags
+                    )
 
     @cute.jit
     def chain_of(
         self, initial_state: Int64, workspace: Int64, workers: Int32, first: Int32, last: Int32, nh: Int32, part: Int32,
-        thread: Int32, sS: Int32, sSums: Int32, flags: Int32,
+        thread: Int32, sS: Int32, sSums: Int32, sExtreme: Int32, flags: Int32,
     ):  # fmt: skip
         """A thread has columns 2 p and 2 p + 1 of rows r, r + 8, r + 1, r + 9, as the accumulators of `maps` do; and of
         a product the sums over a quarter of the columns of S, for all rows. The next M is loaded meanwhile."""
@@ -468,6 +479,8 @@ class KdaBuildSm90(KdaFwdSm90):
                 then = ptx.ldg_i32(word + 4)
             c_at = self.map_at(workspace, workers, i - 1, vs) + column + Int64((row // 16 * 32 + row % 8 * 4) * 16)
             if (given | then) != 0:
+                if not self.moderate(acc):
+                    ptx.sts_i32(sExtreme, Int32(1))
                 at = sS + quarter * (2 * D * 4) + p * 8  # [row][column]
                 for j in cutlass.range_constexpr(4):
                     ptx.sts_f32x2(at + (j // 2 + j % 2 * 8) * (D * 4), acc[2 * j], acc[2 * j + 1])
@@ -475,26 +488,31 @@ class KdaBuildSm90(KdaFwdSm90):
                     for j, x in enumerate(ptx.ldg_f32x4(c_at + half * 64)):
                         acc[4 * half + j] = x
                 cute.arch.sync_threads()
+                extreme = ptx.lds_i32(sExtreme)  # this state or one before it
                 self.product_of(m, sS + quarter * (32 * 4), sSums + quarter * (ROWS * D * 4) + p * 8)
                 if i < last:
                     self.load_m(m, self.map_at(workspace, workers, i, 2) + m_at)
                 cute.arch.sync_threads()
                 if given != 0:
-                    finite = Boolean(True)
                     for j in cutlass.range_constexpr(4):
                         for q in cutlass.range_constexpr(4):
                             at = sSums + (q * ROWS + quarter * 2 + j // 2 + j % 2 * 8) * (D * 4) + p * 8
                             x = ptx.lds_f32x2(at)
                             acc[2 * j] = acc[2 * j] + x[0]
                             acc[2 * j + 1] = acc[2 * j + 1] + x[1]
-                        finite = finite & (acc[2 * j] - acc[2 * j] == 0.0) & (acc[2 * j + 1] - acc[2 * j + 1] == 0.0)
                     for half in cutlass.range_constexpr(2):
                         ptx.stg_f32x4(c_at + half * 64, tuple(acc[4 * half + j] for j in range(4)))
-                    if not finite:
-                        ptx.stg_i32(word, Int32(2))  # the sums have NaN where the recurrence may have none
+                    if (extreme != 0) | (not self.moderate(acc)):
+                        ptx.stg_i32(word, Int32(2))
             else:
                 if i < last:
                     self.load_m(m, self.map_at(workspace, workers, i, 2) + m_at)
+
+    def moderate(self, acc: cute.Tensor) -> Boolean:
+        all_are = Boolean(True)
+        for i in range(8):
+            all_are = all_are & (ptx.absolute(acc[i]) < MODERATE)
+        return all_are
 
     def load_m(self, m: cute.Tensor, at: Int64) -> None:
         """32 rows of M, two columns: of rows 16 b + r and 16 b + r + 8, [b, r]."""
