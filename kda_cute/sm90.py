@@ -28,15 +28,16 @@ def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_workspaces: dict[tuple[int, int, int], torch.Tensor] = {}
+_workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
 def _workspace(device: int, size: int) -> torch.Tensor:
-    """Where blocks hand states on: one for each stream, whose kernels run one after the other and clear the flags that
-    they set. A CUDA graph, which may run on any stream, has its own, from its own memory."""
-    if torch.cuda.is_current_stream_capturing():
+    """Where blocks hand states on. The default stream, whose kernels run one after the other and clear the flags that
+    they set, has its own. Else it comes from where the caller's memory comes from just now, which may be the pool of a
+    CUDA graph, and goes back behind the launch."""
+    if torch._C._cuda_getCurrentRawStream(device) != 0:  # current_stream makes an object; never 0 while capturing
         return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
-    key = device, torch._C._cuda_getCurrentRawStream(device), size  # current_stream makes an object
+    key = device, size
     if key not in _workspaces:
         _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
     return _workspaces[key]

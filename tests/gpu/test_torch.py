@@ -14,6 +14,18 @@ from tests.test_library import gradients, nothing_compiled_before, operator_argu
 
 pytestmark = pytest.mark.gpu
 
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fla's kernels with the first of the configurations that they would try for minutes."""
+    try:
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:
+        return
+    prune_configs = Autotuner.prune_configs
+    monkeypatch.setattr(Autotuner, "prune_configs", lambda self, kwargs: prune_configs(self, kwargs)[:1])
+
+
 FIXED = Case(1, (257, 257), H=4, initial_state="fp32", final_state="new")
 PACKED = Case(2, (300, 0, 17, 130), "int64", H=2, g_dtype="fp32", initial_state="fp32", final_state="new")
 LOG = Case(3, (200,), H=2, gate="log", decay="weak", final_state="new", state_v_first=True)
@@ -22,7 +34,8 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @cases
-def test_opcheck(case: Case) -> None:
+def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_fla", lambda: None)  # who makes gradients is tested below
     kwargs = make(case, "cuda").kwargs
     arguments = operator_arguments(kwargs)
     torch.library.opcheck(torch.ops.kda_cute.chunk_kda.default, arguments)
