@@ -226,10 +226,11 @@ def _find_or_make(config: Any, arch: str, use: Callable[[dict, bytes], T]) -> T:
 
 def compile_kernel(config: Any, arch: str) -> Any:
     """The DSL's result for a configuration. The one place that imports a kernel, and with it cutlass."""
-    from .kernels import build_sm90, fwd_sm90
-    from .kernels.config import KdaBuildConfig
+    from .kernels import build_sm90, decode_sm90, fwd_sm90
+    from .kernels.config import KdaBuildConfig, KdaDecodeConfig
 
-    return (build_sm90 if isinstance(config, KdaBuildConfig) else fwd_sm90).compile(config, arch)
+    kernels = {KdaBuildConfig: build_sm90, KdaDecodeConfig: decode_sm90}
+    return kernels.get(type(config), fwd_sm90).compile(config, arch)
 
 
 def _compile(config: Any, arch: str, symbol: str) -> tuple[dict, bytes]:

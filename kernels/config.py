@@ -11,7 +11,7 @@ MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
 # Flags that cost nothing at run time, so that they cost no binary: bits of the kernel's argument `flags`.
 L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, BETA_FP16, STATE_V_FIRST = (1 << i for i in range(6))
-INITIAL_BF16, FINAL_BF16, CHECKPOINTS_BF16, CU_INT64, MAPS_BUILT = (1 << i for i in range(6, 11))
+INITIAL_BF16, FINAL_BF16, CHECKPOINTS_BF16, CU_INT64, MAPS_BUILT, TOKEN_STATES_BF16 = (1 << i for i in range(6, 12))
 
 
 # Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: side by side on
@@ -93,6 +93,23 @@ class KdaBuildConfig:
         return 6 if self.g_dtype == "fp32" else 8
 
 
+@dataclass(frozen=True)
+class KdaDecodeConfig:
+    """The kernel that goes token by token. Fields as in KdaFwdConfig."""
+
+    g_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gate: Literal["safe", "softplus", "log"] = "safe"
+    state_v_first: bool = False
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    K: int = 128  # or 64
+    V: int = 128  # or 64
+
+    @property
+    def name(self) -> str:
+        rest = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128))
+        return f"kda_decode_g{self.g_dtype}_{self.gate}" + "_vk" * self.state_v_first + _suffix(self.dtype) + rest
+
+
 def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     """Whether two blocks share a head, for N sequences of T tokens in all (the single ones are not known on the host),
     H heads and a GPU with `sms` multiprocessors: what takes less time if all sequences are equally long.
@@ -168,7 +185,7 @@ def builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], sms:
 
 
 GATES: tuple[Literal["safe", "softplus", "log"], ...] = ("safe", "softplus", "log")
-Config: TypeAlias = KdaFwdConfig | KdaBuildConfig
+Config: TypeAlias = KdaFwdConfig | KdaBuildConfig | KdaDecodeConfig
 
 
 def all_configs(dtype: Literal["bf16", "fp16"] = "bf16") -> list[Config]:

@@ -218,6 +218,35 @@ def ldg_pair(at: Int64, stride: int, size: int, *, loc=None, ip=None) -> tuple[F
 
 
 @dsl_user_op
+def ldg_state(at: Int64, n: int, size: int, *, loc=None, ip=None) -> tuple[Float32, ...]:
+    """2 or 4 neighbours of a state, fp32 (size 4) or bf16 (2), that are not needed again."""
+    words = n * size // 4
+    vector, names = (f".v{words}", "{" + ", ".join(f"${i}" for i in range(words)) + "}") if words > 1 else ("", "$0")
+    kind, register, dtype = ("f32", "f", Float32) if size == 4 else ("b32", "r", Uint32)
+    x = _asm(
+        f"ld.global.L1::no_allocate{vector}.{kind} {names}, [${words}];",
+        [dtype] * words, [at], ",".join([f"={register}"] * words) + ",l", True, loc, ip,
+    )  # fmt: skip
+    if size == 4:
+        return tuple(x)
+    x = [x] if words == 1 else x
+    return tuple(y for w in x for y in (bf16_lo(w, loc=loc, ip=ip), bf16_hi(w, loc=loc, ip=ip)))
+
+
+@dsl_user_op
+def stg_state(at: Int64, x: Sequence, size: int, *, loc=None, ip=None) -> None:
+    """The same, written."""
+    words = list(x) if size == 4 else [
+        pack_bf16(x[i], x[i + 1], loc=loc, ip=ip) for i in range(0, len(x), 2)
+    ]  # fmt: skip
+    n, kind, register = len(words), "f32" if size == 4 else "b32", "f" if size == 4 else "r"
+    names = "{" + ", ".join(f"${i + 1}" for i in range(n)) + "}" if n > 1 else "$1"
+    vector = f".v{n}" if n > 1 else ""
+    _asm(f"st.global{vector}.{kind} [$0], {names};", [], [at, *words], "l," + ",".join([register] * n) + ",~{memory}",
+         True, loc, ip)  # fmt: skip
+
+
+@dsl_user_op
 def stg_u32x4(at: Int64, x: U4, *, loc=None, ip=None) -> None:
     _asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [], [at, *x], "l,r,r,r,r,~{memory}", True, loc, ip)
 

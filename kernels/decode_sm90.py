@@ -1,0 +1,242 @@
+"""KDA token by token: what decoding needs, a few tokens a sequence from a state and back into one.
+
+A block of four warps has 32 values' rows of one head's state in registers, fp32, from its load to its store; a warp has
+8 of them, all by itself. Tokens are taken four at a time: first every thread makes what a channel needs of each, for all
+warps, then each warp goes through them,
+
+    S <- S diag(a_t);   u_t = beta_t (v_t - S k_t);   S <- S + u_t k_t^T;   o_t = scale S q_t
+
+in one pass: S k_t and S q_t are summed side by side before the update, and o_t = scale (S q_t + (k_t q_t) u_t). The
+norms of q and k multiply these sums. Reading and writing the state is all that takes time.
+"""
+
+from __future__ import annotations
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass.memory import SmemAllocator
+
+from . import ptx
+from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
+from .fwd_sm90 import EPS, LOG2_1P, LOG2_E, KdaFwdSm90, fake_tensors
+
+ROWS = 32  # of values, in a block
+WARP_ROWS = 8
+TOKENS = 4  # at a time
+SUMS = 16  # bytes of a warp's |q|^2, |k|^2, q k of a token
+
+
+class KdaDecodeSm90(KdaFwdSm90):
+    def __init__(self, config: KdaDecodeConfig):
+        self.config = config  # type: ignore[assignment]
+        types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+        self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
+
+    # ------------------------------------------------------------------ host side
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # [B, T, H, K]
+        mK: cute.Tensor,
+        mV: cute.Tensor,  # [B, T, HV, V]
+        mG: cute.Tensor,
+        mO: cute.Tensor,
+        beta: Int64,  # addresses: [B, T, HV]
+        A_log: Int64,  # [HV] fp32 or 0
+        dt_bias: Int64,  # [HV, K] fp32 or 0
+        initial_state: Int64,  # [N or P, HV, V, K] or [.., K, V], bf16 or fp32, or 0
+        final_state: Int64,  # the same, or 0
+        state_indices: Int64,  # [N] int32 or 0: see KdaFwdSm90
+        token_states: Int64,  # [B, T, HV, ...] bf16 or fp32, or 0: the state after each token
+        cu_seqlens: Int64,  # [N + 1] int32 or int64, or 0
+        N: Int32,
+        P: Int32,
+        scale: Float32,
+        lower_bound: Float32,
+        flags: Int32,
+        stream: cuda.CUstream,
+    ):
+        blocks = N * cute.size(mV.shape[2]) * (self.config.V // ROWS)
+        self.kernel(
+            mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, token_states,
+            cu_seqlens, P, scale, lower_bound, flags,
+        ).launch(grid=[blocks, 1, 1], block=[128, 1, 1], stream=stream)  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mG: cute.Tensor, mO: cute.Tensor,
+        beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, state_indices: Int64,
+        token_states: Int64, cu_seqlens: Int64, P: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
+    ):  # fmt: skip
+        K, V = self.config.K, self.config.V
+        smem = SmemAllocator()
+
+        def table(size):
+            return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=16).iterator.toint()
+
+        sQ, sK, sA = (table(TOKENS * K * 4) for _ in range(3))
+        sSums, sBeta = table(TOKENS * 4 * SUMS), table(TOKENS * 4)
+        thread, block = cute.arch.thread_idx()[0], cute.arch.block_idx()[0]
+        lane, warp = thread % 32, thread // 32
+        part, nh = block % (V // ROWS), block // (V // ROWS)
+        T, H = cute.size(mV.shape[1]), cute.size(mV.shape[2])
+        n, h = nh // H, nh % H
+        h_k = h // (H // cute.size(mQ.shape[2]))
+        start, tokens, b = self.sequence(n, cu_seqlens, flags, T)
+
+        S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
+        for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
+            S[i] = Float32(0.0)
+        row = part * ROWS + warp * WARP_ROWS
+        place = self.pooled(nh, H, state_indices, P)
+        if (initial_state != 0) & (place >= 0):
+            self.move(S, initial_state, Int64(place), row, lane, (flags & INITIAL_BF16) != 0, True)
+
+        slope, bias = self.gate_of(A_log, dt_bias, h, thread)
+        for first in cutlass.range(0, tokens, TOKENS, unroll=1):
+            left = cutlass.min(tokens - first, TOKENS)
+            cute.arch.sync_threads()
+            for j in cutlass.range(left, unroll=1):
+                t = start + first + j
+                q, k = Float32(0.0), Float32(0.0)
+                if thread < K:
+                    q, k = Float32(mQ[b, t, h_k, thread]), Float32(mK[b, t, h_k, thread])
+                    at = (j * K + thread) * 4
+                    ptx.sts_f32(sQ + at, q)
+                    ptx.sts_f32(sK + at, k)
+                    ptx.sts_f32(sA + at, self.decay_of(Float32(mG[b, t, h, thread]), slope, bias, lower_bound))
+                sums = self.all_sum([q * q, k * k, q * k], (1, 2, 4, 8, 16))
+                if lane == 0:
+                    ptx.sts_f32x4(sSums + (j * 4 + warp) * SUMS, (*sums, Float32(0.0)))
+                if thread == 0:
+                    raw = self.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
+                    ptx.sts_f32(sBeta + j * 4, self.beta(raw, True, flags))
+            cute.arch.sync_threads()
+            for j in cutlass.range(left, unroll=1):
+                t = start + first + j
+                q2, k2, qk = self.sums_of(sSums + j * (4 * SUMS))
+                rq, rk = scale, Float32(1.0)
+                if (flags & L2NORM) != 0:
+                    rq, rk = scale * ptx.rsqrt(q2 + EPS), ptx.rsqrt(k2 + EPS)
+                vectors = j * (K * 4)
+                self.step(
+                    S, sQ + vectors, sK + vectors, sA + vectors, ptx.lds_f32(sBeta + j * 4), rq, rk, qk,
+                    mV, mO, b, t, h, row, lane,
+                )  # fmt: skip
+                if token_states != 0:
+                    after = (Int64(b) * T + t) * H + h
+                    self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
+        if (final_state != 0) & (place >= 0):
+            self.move(S, final_state, Int64(place), row, lane, (flags & FINAL_BF16) != 0, False)
+
+    # ------------------------------------------------------------------ a token
+
+    @cute.jit
+    def gate_of(self, A_log: Int64, dt_bias: Int64, h: Int32, channel: Int32):
+        slope, bias = Float32(1.0), Float32(0.0)
+        if const_expr(self.config.gate != "log"):
+            if A_log != 0:
+                slope = cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
+            if (dt_bias != 0) & (channel < self.config.K):
+                bias = self.global_f32(dt_bias, Int64(h * self.config.K + channel))
+        return slope, bias
+
+    def decay_of(self, g: Float32, slope: Float32, bias: Float32, lower_bound: Float32) -> Float32:
+        """exp of the log decay that the gate makes of g."""
+        if self.config.gate == "safe":
+            x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope * -LOG2_E))
+            return ptx.ex2(x * lower_bound * LOG2_E)
+        if self.config.gate == "softplus":
+            x = (g + bias) * LOG2_E
+            t = ptx.ex2(-ptx.absolute(x))
+            p = Float32(LOG2_1P[0])
+            for c in LOG2_1P[1:]:
+                p = ptx.fma(p, t, Float32(c))
+            return ptx.ex2(-slope * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
+        return ptx.ex2(g * LOG2_E)
+
+    def all_sum(self, x, masks):
+        for mask in masks:
+            x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
+        return x
+
+    def sums_of(self, at: Int32):
+        warps = [ptx.lds_f32x4(at + w * SUMS) for w in range(4)]
+        return [(warps[0][i] + warps[1][i]) + (warps[2][i] + warps[3][i]) for i in range(3)]
+
+    @cute.jit
+    def step(
+        self, S: cute.Tensor, sQ: Int32, sK: Int32, sA: Int32, beta: Float32, rq: Float32, rk: Float32, qk: Float32,
+        mV: cute.Tensor, mO: cute.Tensor, b: Int32, t: Int32, h: Int32, row: Int32, lane: Int32,
+    ):  # fmt: skip
+        """With V first a lane has channels 4 lane .. of all 8 rows, else 4 neighbours of the rows, and of the channels
+        those from lane // 2 * K / 16 on."""
+        K, v_first = self.config.K, self.config.state_v_first
+        keys = K // 32 if v_first else K // 16
+        values = WARP_ROWS if v_first else 4
+        k_at = lane * keys if v_first else lane // 2 * keys
+        own = 0 if v_first else lane % 2 * 4  # the first of the lane's rows
+        q, k, a = (self.vector(s + k_at * 4, keys) for s in (sQ, sK, sA))
+        Sk, Sq = [Float32(0.0)] * values, [Float32(0.0)] * values
+        for i in cutlass.range_constexpr(values):
+            for j in cutlass.range_constexpr(keys):
+                at = i * keys + j if v_first else j * values + i
+                S[at] = S[at] * a[j]
+                Sk[i], Sq[i] = ptx.fma(S[at], k[j], Sk[i]), ptx.fma(S[at], q[j], Sq[i])
+        sums = self.all_sum([*Sk, *Sq], (1, 2, 4, 8, 16) if v_first else (2, 4, 8, 16))
+        for i in cutlass.range_constexpr(values):
+            v = row + own + i
+            u = beta * ptx.fma(-rk, sums[i], Float32(mV[b, t, h, v]))
+            uk = u * rk
+            for j in cutlass.range_constexpr(keys):
+                at = i * keys + j if v_first else j * values + i
+                S[at] = ptx.fma(uk, k[j], S[at])
+            if lane == (i if v_first else lane % 2):
+                mO[b, t, h, v] = (rq * ptx.fma(uk, qk, sums[values + i])).to(self.dtype)
+
+    def vector(self, at: Int32, n: int):
+        if n == 2:
+            return ptx.lds_f32x2(at)
+        return [x for i in range(n // 4) for x in ptx.lds_f32x4(at + i * 16)]
+
+    # ------------------------------------------------------------------ states
+
+    @cute.jit
+    def move(
+        self, S: cute.Tensor, address: Int64, state: Int64, row: Int32, lane: Int32, is_bf16, load: cutlass.Constexpr
+    ):
+        """A lane's elements of 8 rows of a state, to or from global memory."""
+        if is_bf16:
+            self.move_as(S, address, state, row, lane, 2, load)
+        else:
+            self.move_as(S, address, state, row, lane, 4, load)
+
+    def move_as(self, S: cute.Tensor, address: Int64, state: Int64, row: Int32, lane: Int32, size: int, load: bool):
+        K, V = self.config.K, self.config.V
+        if self.config.state_v_first:  # a row is K elements
+            n, step = K // 32, K
+            first = row * K + lane * n
+        else:  # a channel is V elements
+            n, step = 4, V
+            first = lane // 2 * (K // 16) * V + row + lane % 2 * 4
+        at = address + (state * (K * V) + first) * size
+        for i in range(WARP_ROWS * K // 32 // n):
+            if load:
+                for j, x in enumerate(ptx.ldg_state(at + i * step * size, n, size)):
+                    S[i * n + j] = x
+            else:
+                ptx.stg_state(at + i * step * size, [S[i * n + j] for j in range(n)], size)
+
+
+def compile(config: KdaDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
+    """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
+    kernel = KdaDecodeSm90(config)
+    return cute.compile(
+        kernel, *fake_tensors(kernel, "qkvgo"), *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0),
+        Int32(0), cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+        options="--enable-tvm-ffi",
+    )  # fmt: skip
