@@ -180,6 +180,25 @@ def state_shape(N: int, HV: int, K: int, V: int, state_v_first: bool) -> tuple[i
     return (N, HV, V, K) if state_v_first else (N, HV, K, V)
 
 
+def check_token_states(
+    x: torch.Tensor, q: torch.Tensor, shape: tuple[int, int, int, int, int], state_v_first: bool
+) -> None:
+    B, T, HV, K, V = shape
+    if not isinstance(x, torch.Tensor):
+        _not_tensor(token_states=x)
+    if x.dtype not in _STATE and not (x.dtype is q.dtype is torch.float64):
+        _bad_dtype("token_states", x.dtype, _STATE, "or float64 with float64 inputs")
+    wanted = [B, T, *state_shape(B, HV, K, V, state_v_first)[1:]]
+    if list(x.shape) != wanted:
+        _bad_shape("token_states", x.shape, f"{wanted}, {'[B, T, HV, V, K]' if state_v_first else '[B, T, HV, K, V]'}")
+    if x.device != q.device:
+        _bad_device(q.device, token_states=x)
+    if not x.is_contiguous() or (x.is_cuda and x.data_ptr() % 16):
+        raise ValueError(
+            f"token_states has strides {x.stride()}: must be contiguous, on an address that is a multiple of 16"
+        )
+
+
 def check_scale(scale: float | None, K: int) -> float:
     if scale is None:
         return K**-0.5

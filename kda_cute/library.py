@@ -23,9 +23,11 @@ from torch import Tensor
 
 from . import contract
 from .reference.chunked import chunked
+from .reference.recurrence import recurrence
 
 _log = logging.getLogger("kda_cute")
 
+NO_GRADIENT = "fused_recurrent_kda has no backward; chunk_kda has one, torch.no_grad() says that none is needed"
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 
 # Written out, because torch 2.4 makes no schema of annotations that are strings.
@@ -68,6 +70,21 @@ def chunk_kda_out(*arguments: Any) -> None:
 @chunk_kda_out.register_fake
 def _(*arguments: Any) -> None:
     contract.check_named(dict(zip((*ARGUMENTS, "out", "final_state"), arguments, strict=True)))
+
+
+@torch.library.custom_op(
+    "kda_cute::fused_recurrent_kda_out",
+    mutates_args=("out", "final_state", "token_states"),
+    schema=f"({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? token_states) -> ()",
+)
+def fused_recurrent_kda_out(*arguments: Any) -> None:
+    *arguments, out, final_state, token_states = arguments  # type: ignore[assignment]
+    _ops().run(arguments, out, final_state, token_states, True)
+
+
+@fused_recurrent_kda_out.register_fake
+def _(*arguments: Any) -> None:
+    contract.check_named(dict(zip((*ARGUMENTS, "out", "final_state"), arguments[:-1], strict=True)))
 
 
 @torch.library.custom_op(
@@ -140,6 +157,23 @@ def traced(arguments: tuple[Any, ...], out: Tensor | None, final_state: Tensor |
     return out, final_state
 
 
+def traced_recurrent(
+    arguments: tuple[Any, ...], out: Tensor | None, final_state: Tensor | None, token_states: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A call of `ops.run`, token by token, as one operator."""
+    call = dict(zip(ARGUMENTS, arguments, strict=True))
+    call["q"], call["k"], call["v"] = autocast(call["q"], call["k"], call["v"])
+    v = call["v"]
+    if wants_grad(call):
+        refuse(call, NO_GRADIENT)
+    if out is None:
+        out = v.new_empty(v.shape)
+    if final_state is None and call["output_final_state"]:
+        final_state = v.new_empty(_state_shape(call), dtype=state_dtype(v))
+    torch.ops.kda_cute.fused_recurrent_kda_out(*call.values(), out, final_state, token_states)
+    return out, final_state
+
+
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast fp32 queries, keys and values are taken in its dtype, as those of attention are."""
     if isinstance(q, Tensor) and (q.is_cuda or q.is_cpu) and torch.is_autocast_enabled(q.device.type):
@@ -148,11 +182,11 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def by_reference(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def by_reference(call: dict[str, Any], recurrent: bool = False) -> tuple[Tensor, Tensor | None]:
     """o and the final state in fp32, or in fp64 for fp64 inputs, also under autocast."""
     options = {name: x for name, x in call.items() if name not in ("state_indices", "backend")}
     with torch.autocast(call["q"].device.type, enabled=False):
-        return chunked(**options, dtype=state_dtype(call["v"]))
+        return (recurrence if recurrent else chunked)(**options, dtype=state_dtype(call["v"]))
 
 
 def wants_grad(call: dict[str, Any]) -> bool:

@@ -114,10 +114,11 @@ def chunk_kda(
 
 def run(
     arguments: tuple[Any, ...], out: torch.Tensor | None = None, final_state: torch.Tensor | None = None,
-    checkpoints: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+    kept: Any = None, recurrent: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """`chunk_kda` for tensors that hold numbers; the arguments are those of the operator. checkpoints: states on the
-    way, to be written; the number of each sequence's first one; chunks of 32 tokens between two of them."""
+    """`chunk_kda`, or fused_recurrent_kda, for tensors that hold numbers; the arguments are those of the operators.
+    kept: the states after each token if `recurrent`, to be written; else those on the way, the number of each
+    sequence's first one, and the chunks of 32 tokens between two of them."""
     (
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
@@ -125,7 +126,10 @@ def run(
     ) = arguments  # fmt: skip
     grad = torch.is_grad_enabled()
     in_place = final_state is initial_state  # torch's guards refuse a tensor that comes twice
-    optional = (initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, state_indices, out)
+    guarded = kept if recurrent else None
+    optional = (
+        initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, state_indices, out, guarded
+    )  # fmt: skip
     key: tuple | None
     try:
         key = (
@@ -133,12 +137,12 @@ def run(
             not output_final_state, not use_qk_l2norm_in_kernel, not use_gate_in_kernel,
             not use_beta_sigmoid_in_kernel, not allow_neg_eigval, not safe_gate, not state_v_first, in_place,
             initial_state is None, final_state is None, A_log is None, dt_bias is None,
-            state_indices is None, out is None,
+            state_indices is None, out is None, recurrent, kept is None,
         )  # fmt: skip
         known = _known.get(key)
     except Exception:  # q is no tensor, scale has no hash ...: the checks say what is wrong
         key = known = None
-    if checkpoints is not None:
+    if kept is not None and not recurrent:
         key = known = None
     if known is not None and not contract.CHECK_VALUES:
         alike, launch, state_shape = known
@@ -147,7 +151,7 @@ def run(
             S = final_state
             if S is None and output_final_state:
                 S = torch.empty(state_shape, dtype=torch.float32, device=q.device)
-            if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens, state_indices):
+            if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens, state_indices, kept):
                 return o, S
 
     if state_indices is not None and final_state is None:
@@ -156,6 +160,8 @@ def run(
     call["q"], call["k"], call["v"] = q, k, v = library.autocast(q, k, v)
     B, T, _, HV, K, V, N = contract.check_named({**call, "out": out, "final_state": final_state})
     scale = contract.check_scale(scale, K)
+    if guarded is not None:
+        contract.check_token_states(guarded, q, (B, T, HV, K, V), state_v_first)
     reference = _takes_reference(q, backend)
     if not reference:
         why_not = contract.not_served(K, V, q, g, beta)
@@ -164,7 +170,11 @@ def run(
     if grad and library.wants_grad(call):
         if out is not None or final_state is not None:
             library.refuse_outputs(call)
-        if checkpoints is not None:
+        if recurrent:
+            library.refuse(
+                call, "must not, a token after the other has no gradient; chunk_kda has, torch.no_grad() helps"
+            )
+        if kept is not None:
             library.refuse(call, "must not with checkpoints, which have no gradient; torch.no_grad() says so")
         if not reference:
             o, state = library.chunk_kda(*call.values())
@@ -179,21 +189,21 @@ def run(
             contract.check_state_indices(state_indices, initial_state.shape[0])
 
     if reference:
-        kept = None
+        stored = None
         given = {**call, "output_final_state": output_final_state or final_state is not None}
         if state_indices is not None and initial_state is not None:
-            kept = state_indices >= 0
+            stored = state_indices >= 0
             given["initial_state"] = initial_state.new_zeros(N, *initial_state.shape[1:])
-            given["initial_state"][kept] = initial_state[state_indices[kept]]
-        o, state = library.by_reference(given) if checkpoints is None else _piecewise(given, checkpoints)
+            given["initial_state"][stored] = initial_state[state_indices[stored]]
+        o, state = library.by_reference(given, recurrent) if kept is None else _piecewise(given, kept, recurrent)
         if out is None:
             out = o.to(q.dtype)
         else:
             out[:, :tokens].copy_(o[:, :tokens])
         if final_state is None or state is None:
             return out, state
-        if kept is not None and state_indices is not None:
-            final_state[state_indices[kept]] = state[kept].to(final_state.dtype)
+        if stored is not None and state_indices is not None:
+            final_state[state_indices[stored]] = state[stored].to(final_state.dtype)
             return out, final_state
         return out, final_state.copy_(state)
 
@@ -206,8 +216,9 @@ def run(
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
         return o, final_state
 
-    launch = _sm90().prepare(
-        q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, checkpoints, scale=scale,
+    prepare = _sm90().prepare_recurrent if recurrent else _sm90().prepare
+    launch = prepare(
+        q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, kept, scale=scale,
         lower_bound=None if lower_bound is None else float(lower_bound),
         use_qk_l2norm_in_kernel=bool(use_qk_l2norm_in_kernel), use_gate_in_kernel=bool(use_gate_in_kernel),
         use_beta_sigmoid_in_kernel=bool(use_beta_sigmoid_in_kernel), allow_neg_eigval=bool(allow_neg_eigval),
@@ -232,7 +243,7 @@ def run(
         if state_indices is None or state_indices.is_contiguous()
         else _copied("state_indices", state_indices),
     )
-    if not launch(*taken):
+    if not launch(*taken, kept):
         raise AssertionError("the kernel refuses what was copied for it")
     o_taken, final_taken = taken[5], taken[7]
     if o_taken is not o:
@@ -275,31 +286,95 @@ def _with_checkpoints(
     return o, S, states.view(B if cu_seqlens is None else 1, -1 if rows else 0, HV, *shape)
 
 
-def _piecewise(
-    call: dict[str, Any], checkpoints: tuple[torch.Tensor, torch.Tensor, int]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """By the reference, from checkpoint to checkpoint."""
-    states, first, every = checkpoints
+def _piecewise(call: dict[str, Any], kept: Any, recurrent: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """By the reference, from one state that is kept to the next."""
+    states, first, step = (kept, None, 1) if recurrent else (kept[0], kept[1], 32 * kept[2])
     B, T, HV, _ = call["v"].shape
     names = ("q", "k", "v", "g", "beta")
     tensors: dict[str, Any] = {name: call[name].reshape(1, B * T, *call[name].shape[2:]) for name in names}
     v, dtype = call["v"], library.state_dtype(call["v"])
     o = v.new_zeros((1, B * T, HV, v.shape[-1]), dtype=dtype)
-    finals = [o.new_zeros(0, *states.shape[1:])]
+    shape = states.shape[-2:]
+    states = states.view(-1, HV, *shape)
+    finals = [o.new_zeros(0, HV, *shape)]
     for n, (begin, end) in enumerate(sequence_bounds(B, T, call["cu_seqlens"])):
-        S = o.new_zeros(1, *states.shape[1:])
+        S = o.new_zeros(1, HV, *shape)
         if call["initial_state"] is not None:
             S = call["initial_state"][n : n + 1].to(dtype)
-        for i, at in enumerate(range(begin, end, 32 * every)):
-            states[int(first[n]) + i] = S[0].to(states.dtype)
-            tokens = slice(at, min(at + 32 * every, end))
+        for i, at in enumerate(range(begin, end, step)):
+            if first is not None:
+                states[int(first[n]) + i] = S[0].to(states.dtype)
+            tokens = slice(at, min(at + step, end))
             part = {name: x[:, tokens] for name, x in tensors.items()}
             part.update(initial_state=S, output_final_state=True, cu_seqlens=None)
-            o[:, tokens], last = library.by_reference({**call, **part})
+            o[:, tokens], last = library.by_reference({**call, **part}, recurrent)
             assert last is not None
             S = last
+            if first is None:
+                states[at] = S[0].to(states.dtype)
         finals.append(S)
     return o.view(v.shape), torch.cat(finals) if call["output_final_state"] else None
+
+
+def fused_recurrent_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    state_indices: torch.Tensor | None = None,
+    output_token_states: bool = False,
+    token_states: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+    backend: str | None = None,
+    **fla_kwargs: Any,
+) -> Any:
+    """What `chunk_kda` computes, token by token and in fp32: for decoding, where a sequence has a few new tokens and
+    reading and writing its state is what takes time. Any length is right; of long ones `chunk_kda` makes less work.
+
+    Args:
+        all as in `chunk_kda`, in fla's order. With final_state=initial_state states are updated in place.
+        output_token_states: return the state after each token too, fp32, [B, T, HV, ...], to go back to one of them.
+        token_states: a contiguous tensor of that shape for them, bf16 or fp32.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of q, and the final state or None; with token states those too.
+
+    Has no gradient: where one is asked for, it raises NotImplementedError.
+    """
+    if fla_kwargs:
+        state_v_first = contract.check_fla_kwargs(fla_kwargs, state_v_first)
+    arguments = (
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, False, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
+        state_indices, backend,
+    )  # fmt: skip
+    if state_indices is not None and final_state is None:
+        final_state = initial_state
+    if output_token_states and token_states is None:
+        call = dict(zip(library.ARGUMENTS, arguments, strict=True))
+        B, T, _, HV, K, V, _ = contract.check_named({**call, "out": out, "final_state": final_state})
+        shape = contract.state_shape(B * T, HV, K, V, state_v_first)[1:]
+        token_states = torch.empty((B, T, *shape), dtype=library.state_dtype(v), device=v.device)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        o, S = library.traced_recurrent(arguments, out, final_state, token_states)
+    else:
+        o, S = run(arguments, out, final_state, token_states, True)
+    return (o, S) if token_states is None else (o, S, token_states)
 
 
 def chunk_kda_summary(

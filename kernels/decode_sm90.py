@@ -1,7 +1,7 @@
 """KDA token by token: what decoding needs, a few tokens a sequence from a state and back into one.
 
-A block of four warps has 32 values' rows of one head's state in registers, fp32, from its load to its store; a warp has
-8 of them, all by itself. Tokens are taken four at a time: first every thread makes what a channel needs of each, for all
+A block of four warps has 32 rows of one head's state in registers, fp32, from its load to its store; a warp has 8 of
+them, all by itself. Tokens are taken four at a time: first every thread makes what a channel needs of each, for all
 warps, then each warp goes through them,
 
     S <- S diag(a_t);   u_t = beta_t (v_t - S k_t);   S <- S + u_t k_t^T;   o_t = scale S q_t
@@ -123,10 +123,11 @@ class KdaDecodeSm90(KdaFwdSm90):
                 if (flags & L2NORM) != 0:
                     rq, rk = scale * ptx.rsqrt(q2 + EPS), ptx.rsqrt(k2 + EPS)
                 vectors = j * (K * 4)
-                self.step(
+                o = self.step(
                     S, sQ + vectors, sK + vectors, sA + vectors, ptx.lds_f32(sBeta + j * 4), rq, rk, qk,
-                    mV, mO, b, t, h, row, lane,
+                    mV[b, t, h, None], row, lane,
                 )  # fmt: skip
+                self.store(mO[b, t, h, None], o, row, lane)
                 if token_states != 0:
                     after = (Int64(b) * T + t) * H + h
                     self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
@@ -168,35 +169,41 @@ class KdaDecodeSm90(KdaFwdSm90):
         warps = [ptx.lds_f32x4(at + w * SUMS) for w in range(4)]
         return [(warps[0][i] + warps[1][i]) + (warps[2][i] + warps[3][i]) for i in range(3)]
 
-    @cute.jit
     def step(
         self, S: cute.Tensor, sQ: Int32, sK: Int32, sA: Int32, beta: Float32, rq: Float32, rk: Float32, qk: Float32,
-        mV: cute.Tensor, mO: cute.Tensor, b: Int32, t: Int32, h: Int32, row: Int32, lane: Int32,
+        v: cute.Tensor, row: Int32, lane: Int32,
     ):  # fmt: skip
-        """With V first a lane has channels 4 lane .. of all 8 rows, else 4 neighbours of the rows, and of the channels
-        those from lane // 2 * K / 16 on."""
+        """A token: S goes on, o of the lane's rows is returned. With V first a lane has neighbouring channels of all 8
+        rows, else 4 of the rows, and K / 16 of the channels."""
         K, v_first = self.config.K, self.config.state_v_first
-        keys = K // 32 if v_first else K // 16
-        values = WARP_ROWS if v_first else 4
-        k_at = lane * keys if v_first else lane // 2 * keys
-        own = 0 if v_first else lane % 2 * 4  # the first of the lane's rows
-        q, k, a = (self.vector(s + k_at * 4, keys) for s in (sQ, sK, sA))
+        keys, values = (K // 32, WARP_ROWS) if v_first else (K // 16, 4)
+        k_at = (lane if v_first else lane // 2) * (keys * 4)
+        q, k, a = (self.vector(s + k_at, keys) for s in (sQ, sK, sA))
+        at = [[i * keys + j if v_first else j * values + i for j in range(keys)] for i in range(values)]
         Sk, Sq = [Float32(0.0)] * values, [Float32(0.0)] * values
-        for i in cutlass.range_constexpr(values):
-            for j in cutlass.range_constexpr(keys):
-                at = i * keys + j if v_first else j * values + i
-                S[at] = S[at] * a[j]
-                Sk[i], Sq[i] = ptx.fma(S[at], k[j], Sk[i]), ptx.fma(S[at], q[j], Sq[i])
+        for i in range(values):
+            for j, x in enumerate(at[i]):
+                S[x] = S[x] * a[j]
+                Sk[i], Sq[i] = ptx.fma(S[x], k[j], Sk[i]), ptx.fma(S[x], q[j], Sq[i])
         sums = self.all_sum([*Sk, *Sq], (1, 2, 4, 8, 16) if v_first else (2, 4, 8, 16))
-        for i in cutlass.range_constexpr(values):
-            v = row + own + i
-            u = beta * ptx.fma(-rk, sums[i], Float32(mV[b, t, h, v]))
+        o = []
+        for i in range(values):
+            u = beta * ptx.fma(-rk, sums[i], Float32(v[self.first_row(row, lane) + i]))
             uk = u * rk
-            for j in cutlass.range_constexpr(keys):
-                at = i * keys + j if v_first else j * values + i
-                S[at] = ptx.fma(uk, k[j], S[at])
-            if lane == (i if v_first else lane % 2):
-                mO[b, t, h, v] = (rq * ptx.fma(uk, qk, sums[values + i])).to(self.dtype)
+            for j, x in enumerate(at[i]):
+                S[x] = ptx.fma(uk, k[j], S[x])
+            o.append(rq * ptx.fma(uk, qk, sums[values + i]))
+        return o
+
+    def first_row(self, row: Int32, lane: Int32) -> Int32:
+        return row if self.config.state_v_first else row + lane % 2 * 4
+
+    @cute.jit
+    def store(self, out: cute.Tensor, o, row: Int32, lane: Int32):
+        """Lanes that had the same rows have the same sums; one of them stores each."""
+        for i in cutlass.range_constexpr(len(o)):
+            if (lane == i) if const_expr(self.config.state_v_first) else (lane < 2):
+                out[self.first_row(row, lane) + i] = o[i].to(self.dtype)
 
     def vector(self, at: Int32, n: int):
         if n == 2:

@@ -272,7 +272,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
 
     def prepare(*of: torch.Tensor | None, **options: Any) -> Any:
         def launch(*given: torch.Tensor | None) -> bool:
-            names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens state_indices".split()
+            names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens state_indices kept".split()
             x = dict(zip(names, given, strict=True))
             if any(t is not None and t.data_ptr() % 16 for name, t in x.items() if name not in ("beta", "cu_seqlens")):
                 return False
@@ -287,7 +287,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
         return launch
 
     monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "NVIDIA H200"))
-    monkeypatch.setattr(ops, "_sm90", lambda: SimpleNamespace(prepare=prepare))
+    monkeypatch.setattr(ops, "_sm90", lambda: SimpleNamespace(prepare=prepare, prepare_recurrent=prepare))
     monkeypatch.setattr(ops, "_copies_logged", set())
     monkeypatch.setattr(ops, "_known", {})
     return calls
