@@ -171,9 +171,7 @@ def run(
         if out is not None or final_state is not None:
             library.refuse_outputs(call)
         if recurrent:
-            library.refuse(
-                call, "must not, a token after the other has no gradient; chunk_kda has, torch.no_grad() helps"
-            )
+            library.refuse(call, library.NO_GRADIENT)
         if kept is not None:
             library.refuse(call, "must not with checkpoints, which have no gradient; torch.no_grad() says so")
         if not reference:

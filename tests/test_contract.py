@@ -274,6 +274,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
         def launch(*given: torch.Tensor | None) -> bool:
             names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens state_indices kept".split()
             x = dict(zip(names, given, strict=True))
+            x.pop("kept")
             if any(t is not None and t.data_ptr() % 16 for name, t in x.items() if name not in ("beta", "cu_seqlens")):
                 return False
             calls.append(({name: x.pop(name) for name in names[:5]}, {**x, **options}))

@@ -82,7 +82,7 @@ def run(call: Call, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- the whole contract
 
 
-def check(case: Case) -> None:
+def check(case: Case, run: Callable[..., Any] = chunk_kda, at_most: float = BOUND) -> None:
     """One call between canaries, with poison where its results go, against fp64."""
     call = make(case, DEVICE)
     expected = truth(call)
@@ -105,7 +105,9 @@ def check(case: Case) -> None:
     pool = call.tensors["initial_state"].clone() if indices is not None else None
 
     given = {**call.kwargs, **{name: guarded.tensor for name, guarded in outputs.items()}}
-    o, S, *states = chunk_kda(**given, checkpoint_interval=case.checkpoint_interval)
+    if case.checkpoint_interval is not None:
+        given["checkpoint_interval"] = case.checkpoint_interval
+    o, S, *states = run(**given)
 
     covered = case.T if case.cu_seqlens is None else case.cuts[-1]
     intact = {}
@@ -120,7 +122,7 @@ def check(case: Case) -> None:
     assert all(verdict), f"written where nothing may be: {[n for n, ok in zip(intact, verdict, strict=True) if not ok]}"
 
     assert o.shape == shape and o.dtype == DTYPES[case.dtype]
-    check_o(call, o, expected)
+    check_o(call, o, expected, at_most)
     if case.checkpoint_interval is not None:
         check_checkpoints(call, states[0])
     if indices is not None:
@@ -131,13 +133,13 @@ def check(case: Case) -> None:
         assert torch.equal(S[others], pool[others])
         final = expected.S.to(S.dtype)  # what is not kept is not compared
         final[kept] = S[indices[kept]]
-        check_state(call, final, expected)
+        check_state(call, final, expected, at_most)
     elif case.final_state is None:
         assert S is None
     else:
         assert S is not None and S.shape == case.state_shape
         assert S.dtype == (torch.float32 if case.final_state == "new" else DTYPES[case.final_state])
-        check_state(call, S, expected)
+        check_state(call, S, expected, at_most)
     if case.out:
         assert o is outputs["out"].tensor
     if "final_state" in outputs:

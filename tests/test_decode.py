@@ -1,0 +1,202 @@
+"""fused_recurrent_kda: the reference behind it, its contract, and what the kernel's warps compute, run on the CPU."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from kda_cute import chunk_kda, fused_recurrent_kda
+from kda_cute.kernels.config import KdaDecodeConfig
+from kda_cute.reference import recurrence
+from tests.lanes import LANES, Warp, copy_of, on_the_cpu
+from tests.strategies import Case, cases, make
+
+SHORT = Case(1, (5, 5), H=2, group=2, initial_state="fp32", final_state="new", K=16, V=8)
+PACKED = Case(2, (3, 0, 1, 9), "int32", H=2, initial_state="fp32", final_state="new", state_v_first=True, K=16, V=8)
+BOTH = pytest.mark.parametrize("case", [SHORT, PACKED], ids=["fixed", "packed"])
+
+
+def call_of(case: Case, **changes: Any) -> dict[str, Any]:
+    kwargs = {**make(case).kwargs, **changes}
+    return {name: x for name, x in kwargs.items() if name != "safe_gate"}
+
+
+@given(case=cases(served=False, max_tokens=40, max_heads=2))
+def test_is_the_recurrence(case: Case) -> None:
+    kwargs = make(case).kwargs
+    o, S = fused_recurrent_kda(**call_of(case))
+    exact = torch.float64 if case.dtype == "fp64" else torch.float32
+    o_true, S_true = recurrence(**kwargs, dtype=exact)
+    assert o.dtype == kwargs["q"].dtype
+    torch.testing.assert_close(o, o_true.to(o.dtype), rtol=0, atol=0, equal_nan=True)
+    if S is not None:
+        assert S_true is not None
+        torch.testing.assert_close(S, S_true.to(S.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_arguments_come_in_the_order_of_fla() -> None:
+    names = (
+        "q k v g beta A_log dt_bias scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel "
+        "use_beta_sigmoid_in_kernel allow_neg_eigval lower_bound state_v_first cu_seqlens"
+    )
+    assert list(inspect.signature(fused_recurrent_kda).parameters)[:17] == names.split()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_states_after_each_token_are_the_final_ones_of_prefixes(case: Case, dtype: torch.dtype | None) -> None:
+    kwargs = call_of(case)
+    shape = (case.B, case.T, *case.state_shape[1:])
+    given_states = None if dtype is None else torch.full(shape, float("nan"), dtype=dtype)
+    o, S, states = fused_recurrent_kda(**kwargs, output_token_states=dtype is None, token_states=given_states)
+    assert states.shape == shape and (states is given_states or states.dtype == torch.float32)
+    plain_o, plain_S = fused_recurrent_kda(**kwargs)
+    torch.testing.assert_close((o, S), (plain_o, plain_S), rtol=0, atol=0)
+    flat = states.flatten(0, 1)
+    bounds = [(b * case.T, (b + 1) * case.T) for b in range(case.B)]
+    if case.cu_seqlens is not None:
+        bounds = list(zip(case.cuts[:-1], case.cuts[1:], strict=True))
+    tensors = {name: kwargs[name].flatten(0, 1)[None] for name in ("q", "k", "v", "g", "beta")}
+    for n, (begin, end) in enumerate(bounds):
+        for t in range(begin, end):
+            part = {name: x[:, begin : t + 1] for name, x in tensors.items()}
+            start = kwargs["initial_state"][n : n + 1]
+            want = fused_recurrent_kda(**{**kwargs, **part, "initial_state": start, "cu_seqlens": None})[1]
+            torch.testing.assert_close(flat[t], want[0].to(flat.dtype), rtol=0, atol=0)
+
+
+@BOTH
+def test_prefill_and_then_token_by_token(case: Case) -> None:
+    """chunk_kda of all tokens is chunk_kda of the first ones and the rest one by one, states updated in place."""
+    kwargs = call_of(
+        Case(**{**vars(case), "lengths": (20,) * 3, "cu_seqlens": None, "dtype": "fp64", "g_dtype": "fp64"})
+    )
+    names = ("q", "k", "v", "g", "beta")
+    o, S = chunk_kda(**kwargs)
+    pieces = [chunk_kda(**{**kwargs, **{name: kwargs[name][:, :13] for name in names}})]
+    state = pieces[0][1]
+    for t in range(13, 20):
+        one = {name: kwargs[name][:, t : t + 1] for name in names}
+        step = {**kwargs, **one, "initial_state": state, "final_state": state, "output_final_state": False}
+        pieces.append(fused_recurrent_kda(**step))
+        assert pieces[-1][1] is state
+    torch.testing.assert_close(torch.cat([x[0] for x in pieces], 1), o, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state, S, rtol=1e-9, atol=1e-9)
+
+
+def test_pool_of_states() -> None:
+    case = Case(3, (1,) * 4, H=2, initial_state="fp32", pool=3, K=16, V=8)
+    kwargs = call_of(case)
+    before, indices = kwargs["initial_state"].clone(), kwargs["state_indices"]
+    o, S = fused_recurrent_kda(**kwargs)
+    assert S is kwargs["initial_state"] and (indices < 0).any()
+    kept = indices >= 0
+    start = torch.zeros(case.state_shape)
+    start[kept] = before[indices[kept]]
+    plain = {name: x for name, x in kwargs.items() if name != "state_indices"}
+    o_plain, S_plain = fused_recurrent_kda(**{**plain, "initial_state": start, "output_final_state": True})
+    torch.testing.assert_close(o, o_plain, rtol=0, atol=0)
+    torch.testing.assert_close(S[indices[kept]], S_plain[kept], rtol=0, atol=0)
+    others = torch.ones(len(S), dtype=torch.bool)
+    others[indices[kept]] = False
+    assert torch.equal(S[others], before[others])
+
+
+BAD = {
+    "shape": (
+        lambda s: s[:, :-1],
+        ValueError,
+        r"token_states has shape \[2, 4, 4, 16, 8\]: must be \[2, 5, 4, 16, 8\]",
+    ),
+    "dtype": (lambda s: s.half(), TypeError, "token_states is float16"),
+    "strides": (lambda s: s.transpose(-1, -2).contiguous().transpose(-1, -2), ValueError, "token_states has strides"),
+    "no tensor": (lambda s: 3, TypeError, "token_states is a int"),
+}
+
+
+@pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD)
+def test_bad_token_states(change: Any, error: type[Exception], message: str) -> None:
+    states = torch.zeros(SHORT.B, SHORT.T, *SHORT.state_shape[1:])
+    with pytest.raises(error, match=message):
+        fused_recurrent_kda(**call_of(SHORT), token_states=change(states))
+
+
+def test_has_no_gradient_and_says_so() -> None:
+    kwargs = call_of(SHORT)
+    kwargs["q"].requires_grad_()
+    with pytest.raises(
+        NotImplementedError, match="q requires grad: fused_recurrent_kda has no backward; chunk_kda has"
+    ):
+        fused_recurrent_kda(**kwargs, backend="cute") if False else fused_recurrent_kda(**kwargs)
+    with torch.no_grad():
+        fused_recurrent_kda(**kwargs)
+
+
+@BOTH
+def test_compiles_into_one_graph(case: Case) -> None:
+    kwargs = call_of(case)
+    want = fused_recurrent_kda(**kwargs, output_token_states=True)
+    compiled = torch.compile(fused_recurrent_kda, fullgraph=True, backend="eager")
+    got = compiled(**kwargs, output_token_states=True)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+# ---- the kernel's arithmetic
+
+
+decode: Any = copy_of("kda_cute.kernels.decode_sm90")
+f32 = np.float32
+
+
+@contextmanager
+def on_lanes(warp: Warp) -> Iterator[None]:
+    with on_the_cpu(decode, warp):
+        yield
+
+
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("K", [64, 128])
+def test_a_warp_makes_a_token(state_v_first: bool, K: int) -> None:
+    """`step` on 8 rows of a state, from what the block's first half leaves in shared memory, against the formulas."""
+    rng = np.random.default_rng(7)
+    kernel = decode.KdaDecodeSm90(KdaDecodeConfig(state_v_first=state_v_first, K=K))
+    V, row = 128, 40
+    S = rng.standard_normal((V, K)).astype(f32)
+    q, k, v = (rng.standard_normal(n).astype(f32) for n in (K, K, V))
+    a, beta, scale = rng.random(K).astype(f32), f32(0.7), f32(0.25)
+    rq, rk = scale / np.sqrt((q * q).sum() + 1e-6), 1 / np.sqrt((k * k).sum() + 1e-6)
+    want = S.astype(np.float64) * a
+    u = beta * (v - want @ (rk * k))
+    want += u[:, None] * (rk * k)
+    o_want = want @ (rq * q)
+
+    warp = Warp()
+    for at, x in ((0, q), (1024, k), (2048, a)):
+        warp.memory[at : at + 4 * K] = x.view(np.uint8)
+    n = K // 32 if state_v_first else 4
+    keys = K // 32 if state_v_first else K // 16
+    rows = np.arange(8) if state_v_first else np.arange(4)
+    held: list[Any] = []
+    for i in range(8 * K // 32):
+        if state_v_first:
+            held.append(S[row + i // n, LANES * keys + i % n])
+        else:
+            held.append(S[row + LANES % 2 * 4 + i % n, LANES // 2 * keys + i // n])
+    with on_lanes(warp):
+        o = kernel.step(held, 0, 1024, 2048, beta, f32(rq), f32(rk), f32((q * k).sum()), v, row, LANES)
+    for i in range(8 * K // 32):
+        if state_v_first:
+            exact = want[row + i // n, LANES * keys + i % n]
+        else:
+            exact = want[row + LANES % 2 * 4 + i % n, LANES // 2 * keys + i // n]
+        np.testing.assert_allclose(held[i], exact, rtol=1e-4, atol=1e-4)
+    for i in range(len(rows)):
+        lanes_row = row + i if state_v_first else row + LANES % 2 * 4 + i
+        np.testing.assert_allclose(o[i], o_want[lanes_row], rtol=1e-4, atol=1e-4)
