@@ -192,4 +192,11 @@ def all_configs(dtype: Literal["bf16", "fp16"] = "bf16") -> list[Config]:
     """Those for q, k and v in a dtype, with g in the same or in fp32."""
     kinds = [(g_dtype, gate, neg) for neg in (False, True) for gate in GATES for g_dtype in (dtype, "fp32")]
     build: list[Config] = [KdaBuildConfig(g_dtype, gate, neg, dtype) for g_dtype, gate, neg in kinds]
-    return build + [KdaFwdConfig(g_dtype, gate, split, neg, dtype) for g_dtype, gate, neg in kinds for split in (1, 2)]
+    decode = [
+        KdaDecodeConfig(g_dtype, gate, v_first, dtype)
+        for g_dtype, gate, neg in kinds
+        if not neg
+        for v_first in (False, True)
+    ]
+    forward = [KdaFwdConfig(g_dtype, gate, split, neg, dtype) for g_dtype, gate, neg in kinds for split in (1, 2)]
+    return [*build, *forward, *decode]

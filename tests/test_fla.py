@@ -53,12 +53,31 @@ def stand_in() -> dict[str, ModuleType]:
         return default(*args, **kwargs)
 
     def register(function: Any) -> Any:
-        assert function is chunk_kda
-        return lambda backend: backends.append(backend()) or backend
+        assert function is chunk_kda or function == "kda"
+        return lambda backend: (backends if function is chunk_kda else decoders).append(backend()) or backend
+
+    decoders: list[Any] = []
+
+    def fused_recurrent_kda_fwd(
+        q, k, v, g, beta, A_log=None, dt_bias=None, initial_state=None, scale=None, output_final_state=False,
+        inplace_final_state=True, state_v_first=False, cu_seqlens=None, ssm_state_indices=None,
+        num_accepted_tokens=None, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False,
+        use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, lower_bound=None, out=None, **kwargs,
+    ):  # fmt: skip
+        raise LookupError("fla's own")
+
+    @wraps(fused_recurrent_kda_fwd)
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        for backend in decoders:
+            if backend.is_available() and backend.is_enabled():
+                if backend.fused_recurrent_kda_fwd_verifier(*args, **kwargs)[0]:
+                    return backend.fused_recurrent_kda_fwd(*args, **kwargs)
+        return fused_recurrent_kda_fwd(*args, **kwargs)
 
     names = {
         "fla": {}, "fla.backends": dict(BaseBackend=BaseBackend, register=register), "fla.ops": {},
         "fla.ops.kda": dict(chunk_kda=chunk_kda),
+        "fla.ops.kda.fused_recurrent": dict(fused_recurrent_kda_fwd=decode),
     }  # fmt: skip
     modules = {name: ModuleType(name) for name in names}
     for name, content in names.items():
@@ -77,10 +96,13 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delitem(sys.modules, "kda_cute.fla", raising=False)
     module = importlib.import_module("kda_cute.fla")
     monkeypatch.setattr(module, "_is_hopper", lambda index: True)
-    monkeypatch.setattr(module.KdaCuteBackend, "is_available", classmethod(lambda cls: True))
+    monkeypatch.setattr(module._Backend, "is_available", classmethod(lambda cls: True))
     monkeypatch.delenv("FLA_KDA_CUTE", raising=False)
     return SimpleNamespace(
-        chunk_kda=sys.modules["fla.ops.kda"].chunk_kda, verify=module.KdaCuteBackend().chunk_kda_verifier
+        chunk_kda=sys.modules["fla.ops.kda"].chunk_kda,
+        verify=module.KdaCuteBackend().chunk_kda_verifier,
+        decode=sys.modules["fla.ops.kda.fused_recurrent"].fused_recurrent_kda_fwd,
+        verify_decode=module.KdaCuteDecodeBackend().fused_recurrent_kda_fwd_verifier,
     )
 
 
@@ -143,6 +165,53 @@ def test_declines_gradients(fla: Any, kernel: list[Any]) -> None:  # noqa: F811
     assert "no backward" in fla.verify(**kwargs)[1]
     with torch.no_grad():
         assert fla.verify(**kwargs) == (True, None)
+
+
+def decode_arguments(case: Case, **changes: Any) -> dict[str, Any]:
+    kwargs = {**case_arguments(case), "inplace_final_state": False, **changes}
+    return {name: x for name, x in kwargs.items() if name != "safe_gate"}
+
+
+ONE = Case(1, (1,) * 4, H=H, initial_state="fp32", state_v_first=True)
+
+
+@pytest.mark.parametrize("case", [SAFE, PACKED, LOG, SOFTPLUS, ONE], ids=["safe", "packed", "log", "softplus", "one"])
+def test_decoding_goes_to_the_kernel(case: Case, fla: Any, kernel: list[Any]) -> None:  # noqa: F811
+    kwargs = decode_arguments(case)
+    assert fla.verify_decode(**kwargs) == (True, None)
+    o, S = fla.decode(**kwargs)
+    (tensors, options), = kernel  # fmt: skip
+    assert tensors["q"] is kwargs["q"] and options["initial_state"] is kwargs.get("initial_state")
+    assert (o == 1).all() and (S is None if case.final_state is None else (S == 2).all())
+
+
+def test_decoding_in_place_and_from_a_pool(fla: Any, kernel: list[Any]) -> None:  # noqa: F811
+    kwargs = decode_arguments(ONE, inplace_final_state=True)
+    assert fla.decode(**kwargs)[1] is kwargs["initial_state"]
+    pool, indices = torch.zeros(7, *ONE.state_shape[1:]), torch.tensor([3, 0, 6, -1])
+    kwargs = decode_arguments(ONE, inplace_final_state=True, initial_state=pool, ssm_state_indices=indices)
+    assert fla.decode(**kwargs)[1] is pool
+    assert torch.equal(kernel[1][1]["state_indices"], indices.int())
+
+
+def test_decoding_keeps_no_gradient(fla: Any, kernel: list[Any]) -> None:  # noqa: F811
+    kwargs = decode_arguments(ONE)
+    kwargs["A_log"].requires_grad_()
+    assert not fla.decode(**kwargs)[0].requires_grad and len(kernel) == 1
+
+
+DECODE_DECLINED: dict[str, tuple[dict[str, Any], str]] = {
+    "accepted": (dict(num_accepted_tokens=torch.ones(4)), "num_accepted_tokens is given"),
+    "beta": (dict(beta=torch.zeros(4, 1, H, D)), "beta has a value for each channel"),
+    "indices": (dict(ssm_state_indices=torch.zeros(4, 2, dtype=torch.int32)), "ssm_state_indices are given"),
+    "shape": (dict(beta=torch.zeros(4, 1, H + 1)), "beta has shape"),
+}
+
+
+@pytest.mark.parametrize("changes, why", DECODE_DECLINED.values(), ids=DECODE_DECLINED)
+def test_decoding_declines(changes: dict[str, Any], why: str, fla: Any, kernel: list[Any]) -> None:  # noqa: F811
+    accepted, reason = fla.verify_decode(**decode_arguments(ONE, **changes))
+    assert not accepted and reason is not None and why in reason and not kernel
 
 
 def test_off_by_environment(fla: Any, kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
