@@ -51,7 +51,7 @@ SUITES = {
     "few-heads": [*(Case((8192,), H) for H in (8, 16, 32)), Case((2048,), 12)],
     "long-context": [*(Case((65536,), H) for H in (8, 16)), Case((262144,), 4)],
     "short": [Case((128,) * 64, 32), Case((32,) * 256, 32), Case((8,) * 1024, 32)],
-    "decode": [Case((1,) * 256, 32), Case((4,) * 64, 32), Case((16,) * 64, 32)],
+    "decode": [*(Case((1,) * 4**i, 32) for i in range(6)), Case((4,) * 64, 32), Case((16,) * 64, 32)],
     "tokens": [Case((T,), 16) for T in (1024, 4096, 16384)],  # with 8192 and 65536 above, time against T
     "gates": [
         Case((T,), H, gate) for T, H in ((8192, 96), (8192, 16), (65536, 16)) for gate in ("prod", "weak", "mixed")

@@ -22,9 +22,12 @@ Call = Callable[[], Results]
 
 
 def kda_cute(x: Inputs) -> Call:
-    from kda_cute import chunk_kda
+    from kda_cute import chunk_kda, fused_recurrent_kda
 
     o, final_state = torch.empty_like(x.v), torch.empty_like(x.state)
+    if _decodes(x):
+        arguments = _recurrent(x)
+        return lambda: fused_recurrent_kda(out=o, final_state=final_state, state_v_first=True, **arguments)
     return lambda: chunk_kda(out=o, final_state=final_state, state_v_first=True, **_arguments(x))
 
 
@@ -40,11 +43,13 @@ def reference(x: Inputs) -> Call:
 
 def fla(x: Inputs) -> Call:
     os.environ["FLA_FLASH_KDA"] = "0"  # its own Triton kernels, not FlashKDA where that is installed
-    from fla.ops.kda import chunk_kda
+    from fla.ops.kda import chunk_kda, fused_recurrent_kda
+
+    function, arguments = (fused_recurrent_kda, _recurrent(x)) if _decodes(x) else (chunk_kda, _arguments(x))
 
     def call() -> Results:
         with torch.inference_mode():
-            return chunk_kda(output_final_state=True, state_v_first=True, **_arguments(x))
+            return function(output_final_state=True, state_v_first=True, **arguments)
 
     return call
 
@@ -121,6 +126,16 @@ def _arguments(x: Inputs) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _decodes(x: Inputs) -> bool:
+    """A few tokens a sequence: what fused_recurrent_kda is for, of both."""
+    cu = x.cu_seqlens
+    return (x.q.shape[1] if cu is None else int(cu.diff().max())) <= 16
+
+
+def _recurrent(x: Inputs) -> dict[str, Any]:
+    return {name: y for name, y in _arguments(x).items() if name != "safe_gate"}
+
+
 def _log_decay(x: Inputs) -> torch.Tensor:
     from kda_cute.reference.transforms import safe_gate, softplus_gate
 
@@ -150,7 +165,7 @@ class Impl:
 CUDNN = "nvidia-cudnn-frontend"
 IMPLS = {
     "kda-cute": Impl(kda_cute, "kda-cute", "kda_cute", "kda-cute", peer=False),
-    "fla": Impl(fla, "fla chunk_kda (Triton)", "fla", "fla-core"),
+    "fla": Impl(fla, "fla (Triton)", "fla", "fla-core"),
     "kda_hopper_cuda": Impl(
         kda_hopper_cuda, "cuDNN kda_hopper_cuda", "cudnn", CUDNN, given="g and beta in fp32, its native form"
     ),

@@ -63,7 +63,9 @@ class KdaDecodeSm90(KdaFwdSm90):
         self.kernel(
             mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, token_states,
             cu_seqlens, P, scale, lower_bound, flags,
-        ).launch(grid=[blocks, 1, 1], block=[128, 1, 1], stream=stream)  # fmt: skip
+        ).launch(
+            grid=[blocks, 1, 1], block=[128, 1, 1], stream=stream, min_blocks_per_mp=6, preferred_smem_carveout=50
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -178,21 +180,29 @@ class KdaDecodeSm90(KdaFwdSm90):
         K, v_first = self.config.K, self.config.state_v_first
         keys, values = (K // 32, WARP_ROWS) if v_first else (K // 16, 4)
         k_at = (lane if v_first else lane // 2) * (keys * 4)
-        q, k, a = (self.vector(s + k_at, keys) for s in (sQ, sK, sA))
-        at = [[i * keys + j if v_first else j * values + i for j in range(keys)] for i in range(values)]
-        Sk, Sq = [Float32(0.0)] * values, [Float32(0.0)] * values
-        for i in range(values):
-            for j, x in enumerate(at[i]):
-                S[x] = S[x] * a[j]
-                Sk[i], Sq[i] = ptx.fma(S[x], k[j], Sk[i]), ptx.fma(S[x], q[j], Sq[i])
-        sums = self.all_sum([*Sk, *Sq], (1, 2, 4, 8, 16) if v_first else (2, 4, 8, 16))
+        few = min(keys, 4)  # channels at a time, and 4 rows: for want of registers
         o = []
-        for i in range(values):
-            u = beta * ptx.fma(-rk, sums[i], Float32(v[self.first_row(row, lane) + i]))
-            uk = u * rk
-            for j, x in enumerate(at[i]):
-                S[x] = ptx.fma(uk, k[j], S[x])
-            o.append(rq * ptx.fma(uk, qk, sums[values + i]))
+        for first in range(0, values, 4):
+            Sk, Sq = [Float32(0.0)] * 4, [Float32(0.0)] * 4
+            for j in range(0, keys, few):
+                q, k, a = (self.vector(s + k_at + j * 4, few) for s in (sQ, sK, sA))
+                for i in range(4):
+                    for e in range(few):
+                        at = (first + i) * keys + e if v_first else (j + e) * values + i
+                        S[at] = S[at] * a[e]
+                        Sk[i], Sq[i] = ptx.fma(S[at], k[e], Sk[i]), ptx.fma(S[at], q[e], Sq[i])
+            sums = self.all_sum([*Sk, *Sq], (1, 2, 4, 8, 16) if v_first else (2, 4, 8, 16))
+            uk = []
+            for i in range(4):
+                u = beta * ptx.fma(-rk, sums[i], Float32(v[self.first_row(row, lane) + first + i]))
+                uk.append(u * rk)
+                o.append(rq * ptx.fma(uk[i], qk, sums[4 + i]))
+            for j in range(0, keys, few):
+                k = self.vector(sK + k_at + j * 4, few)
+                for i in range(4):
+                    for e in range(few):
+                        at = (first + i) * keys + e if v_first else (j + e) * values + i
+                        S[at] = ptx.fma(uk[i], k[e], S[at])
         return o
 
     def first_row(self, row: Int32, lane: Int32) -> Int32:

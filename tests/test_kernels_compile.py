@@ -7,7 +7,8 @@ import pytest
 from kda_cute import cubin, jit
 from kda_cute.kernels.config import MAX_SMEM_BYTES, KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig, all_configs
 
-SPILLED = 10  # registers
+# registers; decoding, which many small blocks hide the way to memory for, may spill what it needs once a call
+SPILLED = {KdaFwdConfig: 10, KdaBuildConfig: 10, KdaDecodeConfig: 32}
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def test_registers_suffice(config, kernels):
     SPILLED of a lane. Short of registers in earnest, it waits after each WGMMA; the source has four waits (three for
     maps, and none in what goes from segment to segment)."""
     for kernel in kernels(config)[0]:
-        assert kernel.stack <= 4 * SPILLED, kernel
+        assert kernel.stack <= 4 * SPILLED[type(config)], kernel
         waits = 0 if kernel.count("HGMMA") == 0 else 3 if isinstance(config, KdaBuildConfig) else 4
         assert sum(n for name, n in kernel.opcodes.items() if name.startswith("WARPGROUP.DEPBAR")) == waits, kernel
 
