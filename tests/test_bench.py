@@ -165,13 +165,13 @@ def test_summary_takes_the_best_peer_and_says_what_was_refused():
     floor_us = first.floor_bytes / 1e6
     ours = f"500 | {500 / floor_us:.2f} | {100 * floor_us / 500:.0f}"
     assert lines[2] == f"| {first.name} | {ours} | cuDNN kda_hopper_cuda | 1000 | 2.00 |"
-    assert lines[3].endswith("| fla chunk_kda (Triton) | 3200 | 8.00 |")
-    assert lines[4] == f"| {third.name} | refused |  |  | fla chunk_kda (Triton) | 90.0 |  |"
+    assert lines[3].endswith("| fla (Triton) | 3200 | 8.00 |")
+    assert lines[4] == f"| {third.name} | refused |  |  | fla (Triton) | 90.0 |  |"
     text = "\n".join(lines)
     assert "4.00 (2 cases) over the best peer" in text  # sqrt(2 * 8)
-    assert "fla chunk_kda (Triton) 5.66 (2 cases), cuDNN kda_hopper_cuda 2.00 (1 case)." in text
+    assert "fla (Triton) 5.66 (2 cases), cuDNN kda_hopper_cuda 2.00 (1 case)." in text
     assert f"{second.name}: cuDNN kda_hopper_cuda does not run: NotImplementedError: no | such shape." in text
-    assert f"{third.name}: fla chunk_kda (Triton) time from the profiler, no CUDA graph: it waits for the GPU." in text
+    assert f"{third.name}: fla (Triton) time from the profiler, no CUDA graph: it waits for the GPU." in text
     assert "cuDNN kda_hopper_cuda is given g in fp32." in text
     assert "a device copy moves 1000 GB/s" in text
 

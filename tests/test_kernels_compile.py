@@ -52,9 +52,11 @@ def test_registers_suffice(config, kernels):
 @configs
 def test_roles_share_what_registers_there_are(config, kernels):
     """More than the block gets at its launch, and setmaxnreg waits for ever."""
+    if isinstance(config, KdaDecodeConfig):
+        return
     groups = (1, 1, 1, 2) if isinstance(config, KdaBuildConfig) else (1, config.v_split, 3 - config.v_split)
     for kernel in kernels(config)[0]:
-        if not isinstance(config, KdaDecodeConfig) and kernel.setmaxnreg:
+        if kernel.setmaxnreg:
             wanted = sum(n * registers for n, registers in zip(groups, kernel.setmaxnreg, strict=True))
             assert wanted <= sum(groups) * kernel.registers, kernel
 
