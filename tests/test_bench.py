@@ -323,7 +323,7 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_there_is(without_gpu, monkeypatc
     monkeypatch.setitem(IMPLS, "fla", dataclasses.replace(IMPLS["fla"], make=breaks))
     assert run(options(tmp_path)) == 1
     said = capsys.readouterr().err
-    assert "context was lost" in said and SUITES["short"][1].name in said and "fla chunk_kda" in said
+    assert "context was lost" in said and SUITES["short"][1].name in said and "fla (Triton)" in said
     rows = report.read([str(tmp_path / "short.json")])
     assert {r["case"] for r in rows} == {SUITES["short"][0].name}
 

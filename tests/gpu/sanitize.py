@@ -11,7 +11,7 @@ import itertools
 
 import torch
 
-from kda_cute import chunk_kda, ops, sm90
+from kda_cute import chunk_kda, fused_recurrent_kda, ops, sm90
 from kda_cute.kernels.config import GATES
 
 LENGTHS = (0, 1, 15, 16, 17, 32, 33, 0, 70, 200)
@@ -52,8 +52,45 @@ def call(
     return max(error(o, expected_o), error(s, expected_s))
 
 
+def decode(g_dtype: torch.dtype, gate: str, state_dtype: torch.dtype, state_v_first: bool) -> float:
+    """Sequences of 0 to 5 tokens, from and into a pool of states, with the state after each token."""
+    lengths, cuda = (1, 0, 5, 4, 1), {"device": "cuda"}
+    T, N = sum(lengths) + 1, len(lengths)
+    q, k, v = (torch.randn(1, T, H, D, **cuda).bfloat16() for _ in range(3))
+    g, beta = torch.randn(1, T, H, D, **cuda).to(g_dtype), torch.randn(1, T, H, **cuda)
+    pool = torch.randn(N + 2, H, D, D, **cuda).to(state_dtype)
+    arguments = dict(
+        use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, use_gate_in_kernel=gate != "log",
+        lower_bound=-5.0 if gate == "safe" else None, state_v_first=state_v_first,
+        A_log=torch.rand(H, **cuda) if gate != "log" else None,
+        dt_bias=torch.rand(H, D, **cuda) if gate != "log" else None,
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], **cuda),
+        state_indices=torch.tensor([6, 0, 3, -1, 1], dtype=torch.int32, **cuda),
+    )  # fmt: skip
+    if gate == "log":
+        g = -g.abs()
+    on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    expected = pool.cpu()
+    o, states, after = fused_recurrent_kda(q, k, v, g, beta, initial_state=pool, output_token_states=True, **arguments)
+    o_cpu, _, after_cpu = fused_recurrent_kda(
+        q.cpu(), k.cpu(), v.cpu(), g.cpu(), beta.cpu(), initial_state=expected, output_token_states=True, **on_cpu
+    )
+
+    def error(x: torch.Tensor, y: torch.Tensor) -> float:
+        return ((x.cpu().double() - y).norm() / y.double().norm()).item()
+
+    covered = sum(lengths)
+    pairs = (o[:, :covered], o_cpu[:, :covered]), (states, expected), (after[:, :covered], after_cpu[:, :covered])
+    return max(error(x, y) for x, y in pairs)
+
+
 def main() -> None:
     torch.manual_seed(0)
+    for g_dtype, gate, v_first in itertools.product((torch.bfloat16, torch.float32), GATES, (False, True)):
+        state_dtype = torch.bfloat16 if gate == "safe" else torch.float32
+        error = decode(g_dtype, gate, state_dtype, v_first)
+        print(f"decode {g_dtype=} {gate=} {state_dtype=} {v_first=} error {error:.1e}", flush=True)
+        assert error < BOUND
     cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), GATES, (False, True), (True, False))
     cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder
     for i, (split, g_dtype, gate, neg_eigval, varlen) in enumerate(cases):
