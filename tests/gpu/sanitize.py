@@ -70,7 +70,7 @@ def decode(g_dtype: torch.dtype, gate: str, state_dtype: torch.dtype, state_v_fi
     if gate == "log":
         g = -g.abs()
     on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    expected = pool.cpu()
+    expected = pool.to("cpu", copy=True)
     o, states, after = fused_recurrent_kda(q, k, v, g, beta, initial_state=pool, output_token_states=True, **arguments)
     o_cpu, _, after_cpu = fused_recurrent_kda(
         q.cpu(), k.cpu(), v.cpu(), g.cpu(), beta.cpu(), initial_state=expected, output_token_states=True, **on_cpu
