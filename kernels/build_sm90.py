@@ -432,15 +432,15 @@ class KdaBuildSm90(KdaFwdSm90):
             smem.allocate_tensor(Uint8, cute.make_layout(n * D * ROWS * 4), byte_alignment=128).iterator.toint()
             for n in (1, 4)
         ]
-        sExtreme = smem.allocate_tensor(Uint8, cute.make_layout(16), byte_alignment=16).iterator.toint()
+        sExtreme = smem.allocate_tensor(Uint8, cute.make_layout(32), byte_alignment=16).iterator.toint()  # by warp
         thread, worker, part = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.block_idx()[1]
         any_given = Int32(0)
         for i in cutlass.range(1 + cute.arch.lane_idx(), workers, 32, unroll=4):
             any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
         if ptx.uniform(any_given) > 0:  # often there are none
             self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
-            if thread == 0:
-                ptx.sts_i32(sExtreme, Int32(0))
+            if thread < 8:
+                ptx.sts_i32(sExtreme + thread * 4, Int32(0))
             cute.arch.sync_threads()
             begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
             if begin < end:
@@ -479,8 +479,8 @@ class KdaBuildSm90(KdaFwdSm90):
                 then = ptx.ldg_i32(word + 4)
             c_at = self.map_at(workspace, workers, i - 1, vs) + column + Int64((row // 16 * 32 + row % 8 * 4) * 16)
             if (given | then) != 0:
-                if not self.moderate(acc):
-                    ptx.sts_i32(sExtreme, Int32(1))
+                if (ptx.uniform(Int32(1) - Int32(self.moderate(acc))) != 0) & (thread % 32 == 0):
+                    ptx.sts_i32(sExtreme + thread // 32 * 4, Int32(1))
                 at = sS + quarter * (2 * D * 4) + p * 8  # [row][column]
                 for j in cutlass.range_constexpr(4):
                     ptx.sts_f32x2(at + (j // 2 + j % 2 * 8) * (D * 4), acc[2 * j], acc[2 * j + 1])
@@ -488,7 +488,7 @@ class KdaBuildSm90(KdaFwdSm90):
                     for j, x in enumerate(ptx.ldg_f32x4(c_at + half * 64)):
                         acc[4 * half + j] = x
                 cute.arch.sync_threads()
-                extreme = ptx.lds_i32(sExtreme)  # this state or one before it
+                extreme = self.any_of(sExtreme) | self.any_of(sExtreme + 16)  # this state or one before it
                 self.product_of(m, sS + quarter * (32 * 4), sSums + quarter * (ROWS * D * 4) + p * 8)
                 if i < last:
                     self.load_m(m, self.map_at(workspace, workers, i, 2) + m_at)
