@@ -152,22 +152,6 @@ class KdaBuildSm90(KdaFwdSm90):
         bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty, left = bars + 5 * S, bars + 5 * S + SYSTEMS, bars + 5 * S + 2 * SYSTEMS
-        if warp == 0:
-            with cute.arch.elect_one():
-                for s in cutlass.range_constexpr(S):
-                    cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(gated + s, 64 if s < self.own_stages else 32)  # `gates`, `fetch`
-                    cute.arch.mbarrier_init(ready + s, 64)
-                    cute.arch.mbarrier_init(solved + s, 32)
-                    cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.own_stages else 0))
-                cute.arch.mbarrier_init(left, 8)
-                for i in cutlass.range_constexpr(SYSTEMS):
-                    cute.arch.mbarrier_init(a_full + i, 64)
-                    cute.arch.mbarrier_init(a_empty + i, 32)
-            cute.arch.mbarrier_init_fence()
-            for atom in (k_tma, v_tma, g_tma):
-                cpasync.prefetch_descriptor(atom)
-
         H, T = cute.size(g.shape[2]), cute.size(g.shape[0])
         first = cute.arch.block_idx()[0] // 2 * 2  # of this cluster's two workers
         for i in cutlass.range_constexpr(2):
@@ -178,6 +162,21 @@ class KdaBuildSm90(KdaFwdSm90):
         )
         work = (sList, sList)
         if self.count(work) > 0:  # the same in both blocks
+            if warp == 0:
+                with cute.arch.elect_one():
+                    for s in cutlass.range_constexpr(S):
+                        cute.arch.mbarrier_init(raw_full + s, 1)
+                        cute.arch.mbarrier_init(gated + s, 64 if s < self.own_stages else 32)  # `gates`, `fetch`
+                        cute.arch.mbarrier_init(ready + s, 64)
+                        cute.arch.mbarrier_init(solved + s, 32)
+                        cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.own_stages else 0))
+                    cute.arch.mbarrier_init(left, 8)
+                    for i in cutlass.range_constexpr(SYSTEMS):
+                        cute.arch.mbarrier_init(a_full + i, 64)
+                        cute.arch.mbarrier_init(a_empty + i, 32)
+                cute.arch.mbarrier_init_fence()
+                for atom in (k_tma, v_tma, g_tma):
+                    cpasync.prefetch_descriptor(atom)
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
