@@ -45,8 +45,7 @@ _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 def _workspace(device: int, size: int) -> torch.Tensor:
     """Where blocks hand states on. The default stream, whose kernels run one after the other and clear the flags that
-    they set, has its own. Else it comes from where the caller's memory comes from just now, which may be the pool of a
-    CUDA graph, and goes back behind the launch."""
+    they set, keeps one. On another, memory may come from the pool of a CUDA graph, which must not outlive the call."""
     if torch._C._cuda_getCurrentRawStream(device) != 0:  # current_stream makes an object; never 0 while capturing
         return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
     key = device, size
