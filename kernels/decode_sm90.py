@@ -1,8 +1,8 @@
 """KDA token by token: what decoding needs, a few tokens a sequence from a state and back into one.
 
 A block of four warps has 32 rows of one head's state in registers, fp32, from its load to its store; a warp has 8 of
-them, all by itself. Tokens are taken four at a time: first every thread makes what a channel needs of each, for all
-warps, then each warp goes through them,
+them, all by itself. 16 tokens are asked for at once, into shared memory, and taken four at a time: first every thread
+makes what a channel needs of each, for all warps, then each warp goes through them,
 
     S <- S diag(a_t);   u_t = beta_t (v_t - S k_t);   S <- S + u_t k_t^T;   o_t = scale S q_t
 
@@ -24,8 +24,9 @@ from .fwd_sm90 import EPS, LOG2_1P, LOG2_E, KdaFwdSm90, fake_tensors
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
-TOKENS = 4  # at a time
-SUMS = 16  # bytes of a warp's |q|^2, |k|^2, q k of a token
+BATCH = 16  # tokens asked for at once
+TOKENS = 4  # taken at a time
+SUMS = 16  # bytes of a warp's |q|^2, |k|^2, q k of a token, and 4 for nothing
 
 
 class KdaDecodeSm90(KdaFwdSm90):
@@ -59,12 +60,12 @@ class KdaDecodeSm90(KdaFwdSm90):
         flags: Int32,
         stream: cuda.CUstream,
     ):
-        blocks = N * cute.size(mV.shape[2]) * (self.config.V // ROWS)
         self.kernel(
             mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, token_states,
             cu_seqlens, P, scale, lower_bound, flags,
         ).launch(
-            grid=[blocks, 1, 1], block=[128, 1, 1], stream=stream, min_blocks_per_mp=6, preferred_smem_carveout=50
+            grid=[N * (self.config.V // ROWS), cute.size(mQ.shape[2]), cute.size(mV.shape[2]) // cute.size(mQ.shape[2])],
+            block=[128, 1, 1], stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=75,
         )  # fmt: skip
 
     @cute.kernel
@@ -80,63 +81,84 @@ class KdaDecodeSm90(KdaFwdSm90):
         def table(size):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=16).iterator.toint()
 
+        raw = tuple(
+            smem.allocate_tensor(dtype, cute.make_layout((BATCH, n), stride=(n, 1)), byte_alignment=16)
+            for dtype, n in ((self.dtype, K), (self.dtype, K), (self.g_type, K), (self.dtype, ROWS))
+        )
         sQ, sK, sA = (table(TOKENS * K * 4) for _ in range(3))
-        sSums, sBeta = table(TOKENS * 4 * SUMS), table(TOKENS * 4)
-        thread, block = cute.arch.thread_idx()[0], cute.arch.block_idx()[0]
-        lane, warp = thread % 32, thread // 32
-        part, nh = block % (V // ROWS), block // (V // ROWS)
-        T, H = cute.size(mV.shape[1]), cute.size(mV.shape[2])
-        n, h = nh // H, nh % H
-        h_k = h // (H // cute.size(mQ.shape[2]))
+        sSums, sBeta = table(TOKENS * 4 * SUMS), table(BATCH * 4)
+        thread, (block, h_k, value) = cute.arch.thread_idx()[0], cute.arch.block_idx()
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        part, n = block % (V // ROWS), block // (V // ROWS)
+        T, H, h = cute.size(mV.shape[1]), cute.size(mV.shape[2]), h_k * cute.arch.grid_dim()[2] + value
         start, tokens, b = self.sequence(n, cu_seqlens, flags, T)
+        place = self.pooled(n, Int32(1), state_indices, P)
+        kept, place = place >= 0, Int64(place) * H + h
 
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
             S[i] = Float32(0.0)
         row = part * ROWS + warp * WARP_ROWS
-        place = self.pooled(nh, H, state_indices, P)
-        if (initial_state != 0) & (place >= 0):
-            self.move(S, initial_state, Int64(place), row, lane, (flags & INITIAL_BF16) != 0, True)
+        if (initial_state != 0) & kept:
+            self.move(S, initial_state, place, row, lane, (flags & INITIAL_BF16) != 0, True)
 
-        slope, bias = self.gate_of(A_log, dt_bias, h, thread)
-        for first in cutlass.range(0, tokens, TOKENS, unroll=1):
-            left = cutlass.min(tokens - first, TOKENS)
+        for batch in cutlass.range(0, tokens, BATCH, unroll=1):
+            here = cutlass.min(tokens - batch, BATCH)
             cute.arch.sync_threads()
-            for j in cutlass.range(left, unroll=1):
-                t = start + first + j
-                q, k = Float32(0.0), Float32(0.0)
-                if thread < K:
-                    q, k = Float32(mQ[b, t, h_k, thread]), Float32(mK[b, t, h_k, thread])
-                    at = (j * K + thread) * 4
-                    ptx.sts_f32(sQ + at, q)
-                    ptx.sts_f32(sK + at, k)
-                    ptx.sts_f32(sA + at, self.decay_of(Float32(mG[b, t, h, thread]), slope, bias, lower_bound))
-                sums = self.all_sum([q * q, k * k, q * k], (1, 2, 4, 8, 16))
-                if lane == 0:
-                    ptx.sts_f32x4(sSums + (j * 4 + warp) * SUMS, (*sums, Float32(0.0)))
-                if thread == 0:
-                    raw = self.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
-                    ptx.sts_f32(sBeta + j * 4, self.beta(raw, True, flags))
+            self.ask((mQ, mK, mG, mV), raw, b, start + batch, h_k, h, part, here, warp, lane)
+            raw_beta = self.load_beta(beta, (Int64(b) * T + start + batch) * H + h, H, thread, here, flags)
+            slope, bias = self.gate_of(A_log, dt_bias, h, thread % K)
+            cute.arch.cp_async_wait_group(0)
+            if thread < BATCH:
+                ptx.sts_f32(sBeta + thread * 4, self.beta(raw_beta, True, flags))
             cute.arch.sync_threads()
-            for j in cutlass.range(left, unroll=1):
-                t = start + first + j
-                q2, k2, qk = self.sums_of(sSums + j * (4 * SUMS))
-                rq, rk = scale, Float32(1.0)
-                if (flags & L2NORM) != 0:
-                    rq, rk = scale * ptx.rsqrt(q2 + EPS), ptx.rsqrt(k2 + EPS)
-                vectors = j * (K * 4)
-                o = self.step(
-                    S, sQ + vectors, sK + vectors, sA + vectors, ptx.lds_f32(sBeta + j * 4), rq, rk, qk,
-                    mV[b, t, h, None], row, lane,
-                )  # fmt: skip
-                self.store(mO[b, t, h, None], o, row, lane)
-                if token_states != 0:
-                    after = (Int64(b) * T + t) * H + h
-                    self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
-        if (final_state != 0) & (place >= 0):
-            self.move(S, final_state, Int64(place), row, lane, (flags & FINAL_BF16) != 0, False)
+            for first in cutlass.range(0, here, TOKENS, unroll=1):
+                left = cutlass.min(here - first, TOKENS)
+                if first > 0:
+                    cute.arch.sync_threads()
+                self.put(raw, first, left, sQ, sK, sA, sSums, slope, bias, lower_bound, thread)
+                cute.arch.sync_threads()
+                for j in cutlass.range(left, unroll=1):
+                    t = start + batch + first + j
+                    q2, k2, qk = self.sums_of(sSums + j * (4 * SUMS))
+                    rq, rk = scale, Float32(1.0)
+                    if (flags & L2NORM) != 0:
+                        rq, rk = scale * ptx.rsqrt(q2 + EPS), ptx.rsqrt(k2 + EPS)
+                    vectors, beta_t = j * (K * 4), ptx.lds_f32(sBeta + (first + j) * 4)
+                    self.step(
+                        S, sQ + vectors, sK + vectors, sA + vectors, raw[3][first + j, None], beta_t, rq, rk, qk,
+                        mO[b, t, h, None], part * ROWS, warp * WARP_ROWS, lane,
+                    )  # fmt: skip
+                    if token_states != 0:
+                        after = (Int64(b) * T + t) * H + h
+                        self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
+        if (final_state != 0) & kept:
+            self.move(S, final_state, place, row, lane, (flags & FINAL_BF16) != 0, False)
 
-    # ------------------------------------------------------------------ a token
+    # ------------------------------------------------------------------ before the tokens
+
+    @cute.jit
+    def ask(
+        self, inputs, raw, b: Int32, t: Int32, h_k: Int32, h: Int32, part: Int32, tokens: Int32, warp: Int32, lane: Int32
+    ):  # fmt: skip
+        """Copies up to BATCH tokens, a warp one of q, k, g and v each."""
+        for w in cutlass.range_constexpr(4):
+            if warp == w:
+                head, channel = h_k if const_expr(w < 2) else h, part * ROWS if const_expr(w == 3) else 0
+                self.copy(inputs[w], raw[w], (b, t, head, channel), tokens, lane)
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def copy(self, x: cute.Tensor, to: cute.Tensor, at, tokens: Int32, lane: Int32):
+        """Rows of x from `at` on, 16 bytes a lane."""
+        b, t, h, channel = at
+        n = 128 // x.element_type.width  # elements
+        lanes = cute.size(to.shape[1]) // n
+        for i in cutlass.range(0, tokens, 32 // lanes, unroll=1):
+            j, c = i + lane // lanes, lane % lanes * n
+            if j < tokens:
+                source = x.iterator + cute.crd2idx((b, t + j, h, channel + c), x.layout)
+                ptx.copy_async((to.iterator + cute.crd2idx((j, c), to.layout)).toint(), source.toint())
 
     @cute.jit
     def gate_of(self, A_log: Int64, dt_bias: Int64, h: Int32, channel: Int32):
@@ -144,9 +166,30 @@ class KdaDecodeSm90(KdaFwdSm90):
         if const_expr(self.config.gate != "log"):
             if A_log != 0:
                 slope = cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
-            if (dt_bias != 0) & (channel < self.config.K):
+            if dt_bias != 0:
                 bias = self.global_f32(dt_bias, Int64(h * self.config.K + channel))
         return slope, bias
+
+    @cute.jit
+    def put(
+        self, raw, first: Int32, left: Int32, sQ: Int32, sK: Int32, sA: Int32, sSums: Int32, slope: Float32,
+        bias: Float32, lower_bound: Float32, thread: Int32,
+    ):  # fmt: skip
+        """A channel of q, k and the decay of tokens, and a warp's part of the sums."""
+        K, lane, warp = self.config.K, thread % 32, thread // 32
+        for j in cutlass.range(left, unroll=1):
+            q, k = Float32(0.0), Float32(0.0)
+            if thread < K:
+                q, k, g = (x[first + j, thread].to(Float32) for x in raw[:3])
+                at = (j * K + thread) * 4
+                ptx.sts_f32(sQ + at, q)
+                ptx.sts_f32(sK + at, k)
+                ptx.sts_f32(sA + at, self.decay_of(g, slope, bias, lower_bound))
+            x = self.sum_to_lanes([q * q, k * k, q * k, Float32(0.0)], lane, (2, 1), (4, 8, 16))
+            if lane < 4:
+                ptx.sts_f32(sSums + (j * 4 + warp) * SUMS + lane * 4, x)
+
+    # ------------------------------------------------------------------ a token
 
     def decay_of(self, g: Float32, slope: Float32, bias: Float32, lower_bound: Float32) -> Float32:
         """exp of the log decay that the gate makes of g."""
@@ -162,26 +205,34 @@ class KdaDecodeSm90(KdaFwdSm90):
             return ptx.ex2(-slope * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
         return ptx.ex2(g * LOG2_E)
 
-    def all_sum(self, x, masks):
-        for mask in masks:
+    def sum_to_lanes(self, x, lane: Int32, split, whole):
+        """Sums over a warp's lanes of 2^n numbers: lane l has that of x[i] whose bits are those of l in `split`, first one
+        the highest; what lanes that differ in `whole` have is added up and is there in all of them."""
+        for mask in split:
+            half, high = len(x) // 2, (lane & mask) != 0
+            x = [
+                cutlass.select_(high, b, a) + cute.arch.shuffle_sync_bfly(cutlass.select_(high, a, b), mask)
+                for a, b in zip(x[:half], x[half:], strict=True)
+            ]
+        for mask in whole:
             x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
-        return x
+        return x[0]
 
     def sums_of(self, at: Int32):
         warps = [ptx.lds_f32x4(at + w * SUMS) for w in range(4)]
         return [(warps[0][i] + warps[1][i]) + (warps[2][i] + warps[3][i]) for i in range(3)]
 
     def step(
-        self, S: cute.Tensor, sQ: Int32, sK: Int32, sA: Int32, beta: Float32, rq: Float32, rk: Float32, qk: Float32,
-        v: cute.Tensor, row: Int32, lane: Int32,
+        self, S: cute.Tensor, sQ: Int32, sK: Int32, sA: Int32, v: cute.Tensor, beta: Float32, rq: Float32, rk: Float32,
+        qk: Float32, o: cute.Tensor, block_row: Int32, row: Int32, lane: Int32,
     ):  # fmt: skip
-        """A token: S goes on, o of the lane's rows is returned. With V first a lane has neighbouring channels of all 8
-        rows, else 4 of the rows, and K / 16 of the channels."""
+        """A token: S goes on, o of 8 rows is stored. With V first a lane has neighbouring channels of all 8 rows, else 4
+        of the rows, and K / 16 of the channels."""
         K, v_first = self.config.K, self.config.state_v_first
         keys, values = (K // 32, WARP_ROWS) if v_first else (K // 16, 4)
         k_at = (lane if v_first else lane // 2) * (keys * 4)
         few = min(keys, 4)  # channels at a time, and 4 rows: for want of registers
-        o = []
+        mine = lane // 4 % 4  # of 4 rows the one whose sums this lane has
         for first in range(0, values, 4):
             Sk, Sq = [Float32(0.0)] * 4, [Float32(0.0)] * 4
             for j in range(0, keys, few):
@@ -191,29 +242,24 @@ class KdaDecodeSm90(KdaFwdSm90):
                         at = (first + i) * keys + e if v_first else (j + e) * values + i
                         S[at] = S[at] * a[e]
                         Sk[i], Sq[i] = ptx.fma(S[at], k[e], Sk[i]), ptx.fma(S[at], q[e], Sq[i])
-            sums = self.all_sum([*Sk, *Sq], (1, 2, 4, 8, 16) if v_first else (2, 4, 8, 16))
-            uk = []
-            for i in range(4):
-                u = beta * ptx.fma(-rk, sums[i], Float32(v[self.first_row(row, lane) + first + i]))
-                uk.append(u * rk)
-                o.append(rq * ptx.fma(uk[i], qk, sums[4 + i]))
+            x = self.sum_to_lanes([*Sk, *Sq], lane, (16, 8, 4), (2, 1) if v_first else (2,))
+            y = cute.arch.shuffle_sync_bfly(x, 16)
+            at = row + (first + mine if v_first else lane % 2 * 4 + mine)
+            u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), Float32(v[at]))
+            self.store(o, block_row + at, rq * ptx.fma(u * rk, qk, cutlass.select_(lane < 16, y, x)), lane)
+            uk = [cute.arch.shuffle_sync(u * rk, i * 4 + (0 if v_first else lane % 2)) for i in range(4)]
             for j in range(0, keys, few):
                 k = self.vector(sK + k_at + j * 4, few)
                 for i in range(4):
                     for e in range(few):
                         at = (first + i) * keys + e if v_first else (j + e) * values + i
                         S[at] = ptx.fma(uk[i], k[e], S[at])
-        return o
-
-    def first_row(self, row: Int32, lane: Int32) -> Int32:
-        return row if self.config.state_v_first else row + lane % 2 * 4
 
     @cute.jit
-    def store(self, out: cute.Tensor, o, row: Int32, lane: Int32):
-        """Lanes that had the same rows have the same sums; one of them stores each."""
-        for i in cutlass.range_constexpr(len(o)):
-            if (lane == i) if const_expr(self.config.state_v_first) else (lane < 2):
-                out[self.first_row(row, lane) + i] = o[i].to(self.dtype)
+    def store(self, out: cute.Tensor, row: Int32, o: Float32, lane: Int32):
+        """Of the lanes that have a row's sums one stores o."""
+        if (lane < 16) & (lane % 4 < (1 if self.config.state_v_first else 2)):
+            out[row] = o.to(self.dtype)
 
     def vector(self, at: Int32, n: int):
         if n == 2:

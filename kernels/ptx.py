@@ -234,6 +234,12 @@ def ldg_state(at: Int64, n: int, size: int, *, loc=None, ip=None) -> tuple[Float
 
 
 @dsl_user_op
+def copy_async(to: Int32, at: Int64, *, loc=None, ip=None) -> None:
+    """16 bytes from global to shared memory."""
+    _asm("cp.async.cg.shared.global [$0], [$1], 16;", [], [to, at], "r,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def stg_state(at: Int64, x: Sequence, size: int, *, loc=None, ip=None) -> None:
     """The same, written."""
     words = list(x) if size == 4 else [

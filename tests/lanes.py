@@ -231,8 +231,11 @@ def on_the_cpu(module: Any, warp: Warp) -> Iterator[None]:
     def shuffle(x, mask):
         return np.broadcast_to(x, (32,))[LANES ^ mask]
 
-    arch = SimpleNamespace(sync_warp=lambda: None, shuffle_sync_bfly=shuffle)
-    cutlass = SimpleNamespace(range_constexpr=range, min=min)
+    def shuffle_from(x, lane):
+        return np.broadcast_to(x, (32,))[lane]
+
+    arch = SimpleNamespace(sync_warp=lambda: None, shuffle_sync_bfly=shuffle, shuffle_sync=shuffle_from)
+    cutlass = SimpleNamespace(range_constexpr=range, min=min, select_=np.where)
     with pytest.MonkeyPatch.context() as m, np.errstate(all="ignore"):
         m.setattr(module, "ptx", warp)
         m.setattr(module, "cute", SimpleNamespace(arch=arch))
