@@ -40,6 +40,14 @@ def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_nothing = contextlib.nullcontext()
+
+
+def _on(device: int) -> contextlib.AbstractContextManager:
+    """current_device would first see to it that CUDA is there, which a tensor on it has."""
+    return _nothing if device == torch._C._cuda_getDevice() else torch.cuda.device(device)
+
+
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
@@ -148,7 +156,7 @@ def prepare(
             handed,
             *numbers,
         )
-        with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+        with _on(device):
             if build is not None:
                 build(k, v, g, *arguments[5:9], indices, cuts, handed, n, pool, lower_bound or 0.0, flags, sms)
             kernel(*arguments)
@@ -203,16 +211,18 @@ def prepare_recurrent(
         state_indices: torch.Tensor | None,
         kept: torch.Tensor | None,
     ) -> bool:
-        others = [
-            0 if x is None else x.data_ptr()
-            for x in (A_log, dt_bias, initial_state, final_state, state_indices, kept, cu_seqlens)
-        ]
-        a_log, bias, initial, final = others[:4]
+        a_log = 0 if A_log is None else A_log.data_ptr()
+        bias = 0 if dt_bias is None else dt_bias.data_ptr()
+        initial = 0 if initial_state is None else initial_state.data_ptr()
+        final = 0 if final_state is None else final_state.data_ptr()
+        indices = 0 if state_indices is None else state_indices.data_ptr()
+        states = 0 if kept is None else kept.data_ptr()
+        cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
         by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
         if (by_vector | initial | final) % 16:
             return False
-        with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
-            kernel(q, k, v, g, o, beta.data_ptr(), *others, *numbers)
+        with _on(device):
+            kernel(q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, indices, states, cuts, *numbers)
         return True
 
     return launch

@@ -60,12 +60,15 @@ class KdaDecodeSm90(KdaFwdSm90):
         flags: Int32,
         stream: cuda.CUstream,
     ):
+        H = cute.size(mV.shape[2])
+        group = H // cute.size(mQ.shape[2])
+        sequences = cutlass.min(N, 65535)  # in a column of the grid
         self.kernel(
             mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, token_states,
-            cu_seqlens, P, scale, lower_bound, flags,
+            cu_seqlens, N, P, (Int64(1 << 31) + group - 1) // group, scale, lower_bound, flags,
         ).launch(
-            grid=[N * (self.config.V // ROWS), cute.size(mQ.shape[2]), cute.size(mV.shape[2]) // cute.size(mQ.shape[2])],
-            block=[128, 1, 1], stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=75,
+            grid=[H * (self.config.V // ROWS), sequences, cute.ceil_div(N, sequences)], block=[128, 1, 1],
+            stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=75,
         )  # fmt: skip
 
     @cute.kernel
@@ -73,7 +76,8 @@ class KdaDecodeSm90(KdaFwdSm90):
         self,
         mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mG: cute.Tensor, mO: cute.Tensor,
         beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, state_indices: Int64,
-        token_states: Int64, cu_seqlens: Int64, P: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
+        token_states: Int64, cu_seqlens: Int64, N: Int32, P: Int32, of_group: Int64, scale: Float32,
+        lower_bound: Float32, flags: Int32,
     ):  # fmt: skip
         K, V = self.config.K, self.config.V
         smem = SmemAllocator()
@@ -87,12 +91,14 @@ class KdaDecodeSm90(KdaFwdSm90):
         )
         sQ, sK, sA = (table(TOKENS * K * 4) for _ in range(3))
         sSums, sBeta = table(TOKENS * 4 * SUMS), table(BATCH * 4)
-        thread, (block, h_k, value) = cute.arch.thread_idx()[0], cute.arch.block_idx()
+        thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-        part, n = block % (V // ROWS), block // (V // ROWS)
-        T, H, h = cute.size(mV.shape[1]), cute.size(mV.shape[2]), h_k * cute.arch.grid_dim()[2] + value
-        start, tokens, b = self.sequence(n, cu_seqlens, flags, T)
-        place = self.pooled(n, Int32(1), state_indices, P)
+        part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
+        T, H, h_k = cute.size(mV.shape[1]), cute.size(mV.shape[2]), Int32(Int64(h) * of_group >> 31)
+        start, tokens, b = self.sequence(cutlass.min(n, N - 1), cu_seqlens, flags, T)
+        place = self.pooled(cutlass.min(n, N - 1), Int32(1), state_indices, P)
+        if n >= N:
+            tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
 
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
