@@ -32,7 +32,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(jit, "load", load)
     monkeypatch.setattr(sm90, "_sm_count", lambda device: 132)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "NVIDIA H200"))
     monkeypatch.setattr(ops, "_copies_logged", set())
     monkeypatch.setattr(ops, "_known", {})
