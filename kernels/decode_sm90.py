@@ -1,8 +1,8 @@
 """KDA token by token: what decoding needs, a few tokens a sequence from a state and back into one.
 
 A block of four warps has 32 rows of one head's state in registers, fp32, from its load to its store; a warp has 8 of
-them, all by itself. 16 tokens are asked for at once, into shared memory, and taken four at a time: first every thread
-makes what a channel needs of each, for all warps, then each warp goes through them,
+them, all by itself. 8 tokens are asked for at once, into shared memory, where every thread makes what a channel needs
+of each, for all warps; then each warp goes through them,
 
     S <- S diag(a_t);   u_t = beta_t (v_t - S k_t);   S <- S + u_t k_t^T;   o_t = scale S q_t
 
@@ -24,9 +24,8 @@ from .fwd_sm90 import EPS, LOG2_1P, LOG2_E, KdaFwdSm90, fake_tensors
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
-BATCH = 16  # tokens asked for at once
-TOKENS = 4  # taken at a time
-SUMS = 16  # bytes of a warp's |q|^2, |k|^2, q k of a token, and 4 for nothing
+TOKENS = 8  # at a time
+NUMBERS = 16  # bytes: of a token what q and k are multiplied with, q k, beta
 
 
 class KdaDecodeSm90(KdaFwdSm90):
@@ -68,7 +67,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             cu_seqlens, N, P, (Int64(1 << 31) + group - 1) // group, scale, lower_bound, flags,
         ).launch(
             grid=[H * (self.config.V // ROWS), sequences, cute.ceil_div(N, sequences)], block=[128, 1, 1],
-            stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=75,
+            stream=stream, min_blocks_per_mp=6, preferred_smem_carveout=75,
         )  # fmt: skip
 
     @cute.kernel
@@ -86,11 +85,10 @@ class KdaDecodeSm90(KdaFwdSm90):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=16).iterator.toint()
 
         raw = tuple(
-            smem.allocate_tensor(dtype, cute.make_layout((BATCH, n), stride=(n, 1)), byte_alignment=16)
+            smem.allocate_tensor(dtype, cute.make_layout((TOKENS, n), stride=(n, 1)), byte_alignment=16)
             for dtype, n in ((self.dtype, K), (self.dtype, K), (self.g_type, K), (self.dtype, ROWS))
         )
-        sQ, sK, sA = (table(TOKENS * K * 4) for _ in range(3))
-        sSums, sBeta = table(TOKENS * 4 * SUMS), table(BATCH * 4)
+        tables = *(table(TOKENS * K * 4) for _ in range(3)), table(TOKENS * NUMBERS)
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
@@ -108,36 +106,24 @@ class KdaDecodeSm90(KdaFwdSm90):
         if (initial_state != 0) & kept:
             self.move(S, initial_state, place, row, lane, (flags & INITIAL_BF16) != 0, True)
 
-        for batch in cutlass.range(0, tokens, BATCH, unroll=1):
-            here = cutlass.min(tokens - batch, BATCH)
-            cute.arch.sync_threads()
-            self.ask((mQ, mK, mG, mV), raw, b, start + batch, h_k, h, part, here, warp, lane)
-            raw_beta = self.load_beta(beta, (Int64(b) * T + start + batch) * H + h, H, thread, here, flags)
-            slope, bias = self.gate_of(A_log, dt_bias, h, thread % K)
-            cute.arch.cp_async_wait_group(0)
-            if thread < BATCH:
-                ptx.sts_f32(sBeta + thread * 4, self.beta(raw_beta, True, flags))
-            cute.arch.sync_threads()
-            for first in cutlass.range(0, here, TOKENS, unroll=1):
-                left = cutlass.min(here - first, TOKENS)
-                if first > 0:
-                    cute.arch.sync_threads()
-                self.put(raw, first, left, sQ, sK, sA, sSums, slope, bias, lower_bound, thread)
+        for t in cutlass.range(0, tokens, unroll=1):
+            if t % TOKENS == 0:
+                left = cutlass.min(tokens - t, TOKENS)
                 cute.arch.sync_threads()
-                for j in cutlass.range(left, unroll=1):
-                    t = start + batch + first + j
-                    q2, k2, qk = self.sums_of(sSums + j * (4 * SUMS))
-                    rq, rk = scale, Float32(1.0)
-                    if (flags & L2NORM) != 0:
-                        rq, rk = scale * ptx.rsqrt(q2 + EPS), ptx.rsqrt(k2 + EPS)
-                    vectors, beta_t = j * (K * 4), ptx.lds_f32(sBeta + (first + j) * 4)
-                    self.step(
-                        S, sQ + vectors, sK + vectors, sA + vectors, raw[3][first + j, None], beta_t, rq, rk, qk,
-                        mO[b, t, h, None], part * ROWS, warp * WARP_ROWS, lane,
-                    )  # fmt: skip
-                    if token_states != 0:
-                        after = (Int64(b) * T + t) * H + h
-                        self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
+                self.ask((mQ, mK, mG, mV), raw, b, start + t, h_k, h, part, left, warp, lane)
+                first_beta = (Int64(b) * T + start + t) * H + h
+                raw_beta = self.load_beta(beta, first_beta, H, lane * 4 + warp, left, flags)
+                slope, bias = self.gate_of(A_log, dt_bias, h, thread % K)
+                cute.arch.cp_async_wait_group(0)
+                cute.arch.sync_threads()
+                self.put(raw, tables, left, slope, bias, lower_bound, thread)
+                self.put_numbers(raw, tables[3], left, scale, self.beta(raw_beta, True, flags), flags, warp, lane)
+                cute.arch.sync_threads()
+            j = t % TOKENS
+            self.step(S, tables, j, raw[3][j, None], mO[b, start + t, h, None], part * ROWS, warp * WARP_ROWS, lane)
+            if token_states != 0:
+                after = (Int64(b) * T + start + t) * H + h
+                self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
         if (final_state != 0) & kept:
             self.move(S, final_state, place, row, lane, (flags & FINAL_BF16) != 0, False)
 
@@ -145,9 +131,10 @@ class KdaDecodeSm90(KdaFwdSm90):
 
     @cute.jit
     def ask(
-        self, inputs, raw, b: Int32, t: Int32, h_k: Int32, h: Int32, part: Int32, tokens: Int32, warp: Int32, lane: Int32
+        self, inputs, raw, b: Int32, t: Int32, h_k: Int32, h: Int32, part: Int32, tokens: Int32, warp: Int32,
+        lane: Int32,
     ):  # fmt: skip
-        """Copies up to BATCH tokens, a warp one of q, k, g and v each."""
+        """Copies tokens, a warp one of q, k, g and v each."""
         for w in cutlass.range_constexpr(4):
             if warp == w:
                 head, channel = h_k if const_expr(w < 2) else h, part * ROWS if const_expr(w == 3) else 0
@@ -177,23 +164,32 @@ class KdaDecodeSm90(KdaFwdSm90):
         return slope, bias
 
     @cute.jit
-    def put(
-        self, raw, first: Int32, left: Int32, sQ: Int32, sK: Int32, sA: Int32, sSums: Int32, slope: Float32,
-        bias: Float32, lower_bound: Float32, thread: Int32,
+    def put(self, raw, tables, left: Int32, slope: Float32, bias: Float32, lower_bound: Float32, thread: Int32):
+        """A channel of q, k and the decay of each token."""
+        if thread < self.config.K:
+            for j in cutlass.range(left, unroll=1):
+                q, k, g = (x[j, thread].to(Float32) for x in raw[:3])
+                for to, x in zip(tables[:3], (q, k, self.decay_of(g, slope, bias, lower_bound)), strict=True):
+                    ptx.sts_f32(to + (j * self.config.K + thread) * 4, x)
+
+    @cute.jit
+    def put_numbers(
+        self, raw, to: Int32, left: Int32, scale: Float32, beta: Float32, flags: Int32, warp: Int32, lane: Int32
     ):  # fmt: skip
-        """A channel of q, k and the decay of tokens, and a warp's part of the sums."""
-        K, lane, warp = self.config.K, thread % 32, thread // 32
-        for j in cutlass.range(left, unroll=1):
-            q, k = Float32(0.0), Float32(0.0)
-            if thread < K:
-                q, k, g = (x[first + j, thread].to(Float32) for x in raw[:3])
-                at = (j * K + thread) * 4
-                ptx.sts_f32(sQ + at, q)
-                ptx.sts_f32(sK + at, k)
-                ptx.sts_f32(sA + at, self.decay_of(g, slope, bias, lower_bound))
-            x = self.sum_to_lanes([q * q, k * k, q * k, Float32(0.0)], lane, (2, 1), (4, 8, 16))
+        """Every fourth token: lanes 0 to 3 of a warp store what q and k are multiplied with, q k and beta."""
+        for j in cutlass.range(warp, left, 4, unroll=1):
+            sums = [Float32(0.0)] * 4
+            for i in cutlass.range_constexpr(self.config.K // 32):
+                q, k = (x[j, i * 32 + lane].to(Float32) for x in raw[:2])
+                sums = [ptx.fma(q, q, sums[0]), ptx.fma(k, k, sums[1]), ptx.fma(q, k, sums[2]), sums[3]]
+            x = self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))
+            norm = Float32(1.0)
+            if (flags & L2NORM) != 0:
+                norm = ptx.rsqrt(x + EPS)
+            b = cute.arch.shuffle_sync(beta, j // 4)
             if lane < 4:
-                ptx.sts_f32(sSums + (j * 4 + warp) * SUMS + lane * 4, x)
+                x = cutlass.select_(lane < 2, norm * cutlass.select_(lane == 0, scale, Float32(1.0)), x)
+                ptx.sts_f32(to + j * NUMBERS + lane * 4, cutlass.select_(lane == 3, b, x))
 
     # ------------------------------------------------------------------ a token
 
@@ -212,8 +208,8 @@ class KdaDecodeSm90(KdaFwdSm90):
         return ptx.ex2(g * LOG2_E)
 
     def sum_to_lanes(self, x, lane: Int32, split, whole):
-        """Sums over a warp's lanes of 2^n numbers: lane l has that of x[i] whose bits are those of l in `split`, first one
-        the highest; what lanes that differ in `whole` have is added up and is there in all of them."""
+        """Sums over a warp's lanes of 2^n numbers: a lane has that of x[i], the bits of i being its own in `split`, the
+        highest first. Lanes that differ in `whole` have the same."""
         for mask in split:
             half, high = len(x) // 2, (lane & mask) != 0
             x = [
@@ -224,28 +220,25 @@ class KdaDecodeSm90(KdaFwdSm90):
             x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
         return x[0]
 
-    def sums_of(self, at: Int32):
-        warps = [ptx.lds_f32x4(at + w * SUMS) for w in range(4)]
-        return [(warps[0][i] + warps[1][i]) + (warps[2][i] + warps[3][i]) for i in range(3)]
-
     def step(
-        self, S: cute.Tensor, sQ: Int32, sK: Int32, sA: Int32, v: cute.Tensor, beta: Float32, rq: Float32, rk: Float32,
-        qk: Float32, o: cute.Tensor, block_row: Int32, row: Int32, lane: Int32,
+        self, S: cute.Tensor, tables, j: Int32, v: cute.Tensor, o: cute.Tensor, block_row: Int32, row: Int32,
+        lane: Int32,
     ):  # fmt: skip
-        """A token: S goes on, o of 8 rows is stored. With V first a lane has neighbouring channels of all 8 rows, else 4
-        of the rows, and K / 16 of the channels."""
+        """Token j: S goes on, o of 8 rows is stored. With V first a lane has neighbouring channels of all 8 rows, else
+        4 of the rows, and K / 16 of the channels."""
         K, v_first = self.config.K, self.config.state_v_first
         keys, values = (K // 32, WARP_ROWS) if v_first else (K // 16, 4)
-        k_at = (lane if v_first else lane // 2) * (keys * 4)
+        sQ, sK, sA = (x + j * (K * 4) + (lane if v_first else lane // 2) * (keys * 4) for x in tables[:3])
+        rq, rk, qk, beta = ptx.lds_f32x4(tables[3] + j * NUMBERS)
         few = min(keys, 4)  # channels at a time, and 4 rows: for want of registers
         mine = lane // 4 % 4  # of 4 rows the one whose sums this lane has
         for first in range(0, values, 4):
             Sk, Sq = [Float32(0.0)] * 4, [Float32(0.0)] * 4
-            for j in range(0, keys, few):
-                q, k, a = (self.vector(s + k_at + j * 4, few) for s in (sQ, sK, sA))
+            for c in range(0, keys, few):
+                q, k, a = (self.vector(s + c * 4, few) for s in (sQ, sK, sA))
                 for i in range(4):
                     for e in range(few):
-                        at = (first + i) * keys + e if v_first else (j + e) * values + i
+                        at = (first + i) * keys + e if v_first else (c + e) * values + i
                         S[at] = S[at] * a[e]
                         Sk[i], Sq[i] = ptx.fma(S[at], k[e], Sk[i]), ptx.fma(S[at], q[e], Sq[i])
             x = self.sum_to_lanes([*Sk, *Sq], lane, (16, 8, 4), (2, 1) if v_first else (2,))
@@ -254,11 +247,11 @@ class KdaDecodeSm90(KdaFwdSm90):
             u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), Float32(v[at]))
             self.store(o, block_row + at, rq * ptx.fma(u * rk, qk, cutlass.select_(lane < 16, y, x)), lane)
             uk = [cute.arch.shuffle_sync(u * rk, i * 4 + (0 if v_first else lane % 2)) for i in range(4)]
-            for j in range(0, keys, few):
-                k = self.vector(sK + k_at + j * 4, few)
+            for c in range(0, keys, few):
+                k = self.vector(sK + c * 4, few)
                 for i in range(4):
                     for e in range(few):
-                        at = (first + i) * keys + e if v_first else (j + e) * values + i
+                        at = (first + i) * keys + e if v_first else (c + e) * values + i
                         S[at] = ptx.fma(uk[i], k[e], S[at])
 
     @cute.jit

@@ -178,8 +178,9 @@ def test_a_warp_makes_a_token(state_v_first: bool, K: int) -> None:
     o_want = want @ (rq * q)
 
     warp = Warp()
-    for at, x in ((0, q), (1024, k), (2048, a)):
-        warp.memory[at : at + 4 * K] = x.view(np.uint8)
+    numbers = np.array([rq, rk, (q * k).sum(), beta], f32)
+    for at, x in ((4 * K, q), (1024 + 4 * K, k), (2048 + 4 * K, a), (4096 + 16, numbers)):
+        warp.memory[at : at + 4 * len(x)] = x.view(np.uint8)
     n = K // 32 if state_v_first else 4
     keys = K // 32 if state_v_first else K // 16
     held: list[Any] = []
@@ -191,7 +192,7 @@ def test_a_warp_makes_a_token(state_v_first: bool, K: int) -> None:
     o = np.full(V, np.nan)
     kernel.store = lambda out, row, o, lane: out.__setitem__(row, o)
     with on_lanes(warp):
-        kernel.step(held, 0, 1024, 2048, v[32:], beta, f32(rq), f32(rk), f32((q * k).sum()), o, 32, row - 32, LANES)
+        kernel.step(held, (0, 1024, 2048, 4096), 1, v[32:], o, 32, row - 32, LANES)  # the second token
     for i in range(8 * K // 32):
         if state_v_first:
             exact = want[row + i // n, LANES * keys + i % n]
