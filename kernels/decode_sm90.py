@@ -15,7 +15,7 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 from . import ptx
@@ -88,7 +88,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             smem.allocate_tensor(dtype, cute.make_layout((TOKENS, n), stride=(n, 1)), byte_alignment=16)
             for dtype, n in ((self.dtype, K), (self.dtype, K), (self.g_type, K), (self.dtype, ROWS))
         )
-        tables = *(table(TOKENS * K * 4) for _ in range(3)), table(TOKENS * NUMBERS)
+        tables = *(table(TOKENS * n * 4) for n in (K, K, K, ROWS)), table(TOKENS * NUMBERS)
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
@@ -99,6 +99,11 @@ class KdaDecodeSm90(KdaFwdSm90):
             tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
 
+        inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
+        self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
+        beta_at = (Int64(b) * T + start) * H + h
+        raw_beta = self.load_beta(beta, beta_at, H, lane * 4 + warp, left, flags)
+        a_log, bias = self.gate_of(A_log, dt_bias, h, thread % K)
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
             S[i] = Float32(0.0)
@@ -109,18 +114,19 @@ class KdaDecodeSm90(KdaFwdSm90):
         for t in cutlass.range(0, tokens, unroll=1):
             if t % TOKENS == 0:
                 left = cutlass.min(tokens - t, TOKENS)
-                cute.arch.sync_threads()
-                self.ask((mQ, mK, mG, mV), raw, b, start + t, h_k, h, part, left, warp, lane)
-                first_beta = (Int64(b) * T + start + t) * H + h
-                raw_beta = self.load_beta(beta, first_beta, H, lane * 4 + warp, left, flags)
-                slope, bias = self.gate_of(A_log, dt_bias, h, thread % K)
+                # A shuffle stays where it is: what has been asked for is not waited for until here.
+                slope = cute.math.exp(ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)), fastmath=True)
+                beta_t = self.beta(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
-                self.put(raw, tables, left, slope, bias, lower_bound, thread)
-                self.put_numbers(raw, tables[3], left, scale, self.beta(raw_beta, True, flags), flags, warp, lane)
+                self.put(raw, tables, left, slope, ptx.as_f32(bias), lower_bound, thread)
+                self.put_numbers(raw, tables[4], left, scale, beta_t, flags, warp, lane)
                 cute.arch.sync_threads()
-            j = t % TOKENS
-            self.step(S, tables, j, raw[3][j, None], mO[b, start + t, h, None], part * ROWS, warp * WARP_ROWS, lane)
+                if left < tokens - t:
+                    left = cutlass.min(tokens - t - TOKENS, TOKENS)
+                    self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
+                    raw_beta = self.load_beta(beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags)
+            self.step(S, tables, t % TOKENS, mO[b, start + t, h, None], part * ROWS, warp * WARP_ROWS, lane)
             if token_states != 0:
                 after = (Int64(b) * T + start + t) * H + h
                 self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
@@ -155,17 +161,20 @@ class KdaDecodeSm90(KdaFwdSm90):
 
     @cute.jit
     def gate_of(self, A_log: Int64, dt_bias: Int64, h: Int32, channel: Int32):
-        slope, bias = Float32(1.0), Float32(0.0)
+        """A_log of the head and dt_bias of the channel, asked for here."""
+        a_log, bias = Uint32(0), Uint32(0)
         if const_expr(self.config.gate != "log"):
             if A_log != 0:
-                slope = cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
+                a_log = ptx.ldg_u32(A_log + Int64(h) * 4)
             if dt_bias != 0:
-                bias = self.global_f32(dt_bias, Int64(h * self.config.K + channel))
-        return slope, bias
+                bias = ptx.ldg_u32(dt_bias + Int64(h * self.config.K + channel) * 4)
+        return a_log, bias
 
     @cute.jit
     def put(self, raw, tables, left: Int32, slope: Float32, bias: Float32, lower_bound: Float32, thread: Int32):
-        """A channel of q, k and the decay of each token."""
+        """A channel of q, k and the decay, and a row of v, of each token."""
+        for j in cutlass.range(thread // ROWS, left, 128 // ROWS, unroll=1):
+            ptx.sts_f32(tables[3] + (j * ROWS + thread % ROWS) * 4, raw[3][j, thread % ROWS].to(Float32))
         if thread < self.config.K:
             for j in cutlass.range(left, unroll=1):
                 q, k, g = (x[j, thread].to(Float32) for x in raw[:3])
@@ -221,7 +230,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         return x[0]
 
     def step(
-        self, S: cute.Tensor, tables, j: Int32, v: cute.Tensor, o: cute.Tensor, block_row: Int32, row: Int32,
+        self, S: cute.Tensor, tables, j: Int32, o: cute.Tensor, block_row: Int32, row: Int32,
         lane: Int32,
     ):  # fmt: skip
         """Token j: S goes on, o of 8 rows is stored. With V first a lane has neighbouring channels of all 8 rows, else
@@ -229,7 +238,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         K, v_first = self.config.K, self.config.state_v_first
         keys, values = (K // 32, WARP_ROWS) if v_first else (K // 16, 4)
         sQ, sK, sA = (x + j * (K * 4) + (lane if v_first else lane // 2) * (keys * 4) for x in tables[:3])
-        rq, rk, qk, beta = ptx.lds_f32x4(tables[3] + j * NUMBERS)
+        rq, rk, qk, beta = ptx.lds_f32x4(tables[4] + j * NUMBERS)
         few = min(keys, 4)  # channels at a time, and 4 rows: for want of registers
         mine = lane // 4 % 4  # of 4 rows the one whose sums this lane has
         for first in range(0, values, 4):
@@ -244,7 +253,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             x = self.sum_to_lanes([*Sk, *Sq], lane, (16, 8, 4), (2, 1) if v_first else (2,))
             y = cute.arch.shuffle_sync_bfly(x, 16)
             at = row + (first + mine if v_first else lane % 2 * 4 + mine)
-            u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), Float32(v[at]))
+            u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), ptx.lds_f32(tables[3] + (j * ROWS + at) * 4))
             self.store(o, block_row + at, rq * ptx.fma(u * rk, qk, cutlass.select_(lane < 16, y, x)), lane)
             uk = [cute.arch.shuffle_sync(u * rk, i * 4 + (0 if v_first else lane % 2)) for i in range(4)]
             for c in range(0, keys, few):

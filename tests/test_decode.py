@@ -179,7 +179,7 @@ def test_a_warp_makes_a_token(state_v_first: bool, K: int) -> None:
 
     warp = Warp()
     numbers = np.array([rq, rk, (q * k).sum(), beta], f32)
-    for at, x in ((4 * K, q), (1024 + 4 * K, k), (2048 + 4 * K, a), (4096 + 16, numbers)):
+    for at, x in ((4 * K, q), (1024 + 4 * K, k), (2048 + 4 * K, a), (4096 + 16, numbers), (3072 + 128, v[32:64])):
         warp.memory[at : at + 4 * len(x)] = x.view(np.uint8)
     n = K // 32 if state_v_first else 4
     keys = K // 32 if state_v_first else K // 16
@@ -192,7 +192,7 @@ def test_a_warp_makes_a_token(state_v_first: bool, K: int) -> None:
     o = np.full(V, np.nan)
     kernel.store = lambda out, row, o, lane: out.__setitem__(row, o)
     with on_lanes(warp):
-        kernel.step(held, (0, 1024, 2048, 4096), 1, v[32:], o, 32, row - 32, LANES)  # the second token
+        kernel.step(held, (0, 1024, 2048, 3072, 4096), 1, o, 32, row - 32, LANES)  # the second token
     for i in range(8 * K // 32):
         if state_v_first:
             exact = want[row + i // n, LANES * keys + i % n]
