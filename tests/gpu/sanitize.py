@@ -53,8 +53,8 @@ def call(
 
 
 def decode(g_dtype: torch.dtype, gate: str, state_dtype: torch.dtype, state_v_first: bool) -> float:
-    """Sequences of 0 to 5 tokens, from and into a pool of states, with the state after each token."""
-    lengths, cuda = (1, 0, 5, 4, 1), {"device": "cuda"}
+    """Sequences of 0 to 19 tokens, from and into a pool of states, with the state after each token."""
+    lengths, cuda = (1, 0, 19, 4, 1), {"device": "cuda"}
     T, N = sum(lengths) + 1, len(lengths)
     q, k, v = (torch.randn(1, T, H, D, **cuda).bfloat16() for _ in range(3))
     g, beta = torch.randn(1, T, H, D, **cuda).to(g_dtype), torch.randn(1, T, H, **cuda)

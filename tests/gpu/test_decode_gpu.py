@@ -36,7 +36,7 @@ def test_call(case: Case) -> None:
     check(case, decode, AT_MOST)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4, 5, 16, 17, 100])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 100])
 @pytest.mark.parametrize("gate", ["safe", "softplus", "log"])
 @pytest.mark.parametrize("v_first", [False, True])
 def test_every_length(length: int, gate: str, v_first: bool) -> None:
