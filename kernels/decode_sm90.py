@@ -67,7 +67,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             cu_seqlens, N, P, (Int64(1 << 31) + group - 1) // group, scale, lower_bound, flags,
         ).launch(
             grid=[H * (self.config.V // ROWS), sequences, cute.ceil_div(N, sequences)], block=[128, 1, 1],
-            stream=stream, min_blocks_per_mp=6, preferred_smem_carveout=75,
+            stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=75,
         )  # fmt: skip
 
     @cute.kernel
