@@ -15,11 +15,12 @@ LONG_AND_SHORT = (60_000, *(20 + 61 * i % 381 for i in range(50)))
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: tokens of each sequence; one sequence runs without cu_seqlens."""
+    """lengths: tokens of each sequence; one sequence runs without cu_seqlens. recurrent: by fused_recurrent_kda."""
 
     lengths: tuple[int, ...]
     H: int
     gate: str = "prod"
+    recurrent: bool = False
 
     @property
     def T(self) -> int:
@@ -51,7 +52,7 @@ SUITES = {
     "few-heads": [*(Case((8192,), H) for H in (8, 16, 32)), Case((2048,), 12)],
     "long-context": [*(Case((65536,), H) for H in (8, 16)), Case((262144,), 4)],
     "short": [Case((128,) * 64, 32), Case((32,) * 256, 32), Case((8,) * 1024, 32)],
-    "decode": [*(Case((1,) * 4**i, 32) for i in range(6)), Case((4,) * 64, 32), Case((16,) * 64, 32)],
+    "decode": [Case((T,) * N, 32, recurrent=True) for T, N in (*((1, 4**i) for i in range(6)), (4, 64), (16, 64))],
     "tokens": [Case((T,), 16) for T in (1024, 4096, 16384)],  # with 8192 and 65536 above, time against T
     "gates": [
         Case((T,), H, gate) for T, H in ((8192, 96), (8192, 16), (65536, 16)) for gate in ("prod", "weak", "mixed")
@@ -74,6 +75,7 @@ class Inputs:
     state: torch.Tensor  # [N, H, V, K]
     cu_seqlens: torch.Tensor | None
     lower_bound: float | None = LOWER_BOUND  # None: the softplus gate
+    recurrent: bool = False
 
 
 def make_inputs(case: Case, seed: int = 0, device: str = "cuda") -> Inputs:
@@ -92,4 +94,5 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cuda") -> Inputs:
         A_log, dt_bias = (1 + 15 * A_log).log(), (1e-3 * 100**dt_bias).expm1().log()
     state = torch.randn(case.N, H, D, D, **on)
     cu = torch.tensor((0, *case.lengths), device=device).cumsum(0) if case.N > 1 else None
-    return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu, None if case.gate == "softplus" else LOWER_BOUND)
+    lower_bound = None if case.gate == "softplus" else LOWER_BOUND
+    return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu, lower_bound, case.recurrent)

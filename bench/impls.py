@@ -25,7 +25,7 @@ def kda_cute(x: Inputs) -> Call:
     from kda_cute import chunk_kda, fused_recurrent_kda
 
     o, final_state = torch.empty_like(x.v), torch.empty_like(x.state)
-    if _decodes(x):
+    if x.recurrent:
         arguments = _recurrent(x)
         return lambda: fused_recurrent_kda(out=o, final_state=final_state, state_v_first=True, **arguments)
     return lambda: chunk_kda(out=o, final_state=final_state, state_v_first=True, **_arguments(x))
@@ -45,7 +45,7 @@ def fla(x: Inputs) -> Call:
     os.environ["FLA_FLASH_KDA"] = "0"  # its own Triton kernels, not FlashKDA where that is installed
     from fla.ops.kda import chunk_kda, fused_recurrent_kda
 
-    function, arguments = (fused_recurrent_kda, _recurrent(x)) if _decodes(x) else (chunk_kda, _arguments(x))
+    function, arguments = (fused_recurrent_kda, _recurrent(x)) if x.recurrent else (chunk_kda, _arguments(x))
 
     def call() -> Results:
         with torch.inference_mode():
@@ -124,12 +124,6 @@ def _arguments(x: Inputs) -> dict[str, Any]:
         cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
         use_beta_sigmoid_in_kernel=True, safe_gate=x.lower_bound is not None, lower_bound=x.lower_bound,
     )  # fmt: skip
-
-
-def _decodes(x: Inputs) -> bool:
-    """A few tokens a sequence: what fused_recurrent_kda is for, of both."""
-    cu = x.cu_seqlens
-    return (x.q.shape[1] if cu is None else int(cu.diff().max())) <= 16
 
 
 def _recurrent(x: Inputs) -> dict[str, Any]:

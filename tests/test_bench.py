@@ -203,9 +203,10 @@ def titles(figure) -> list[str]:
 def test_pictures_of_made_up_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[bench]'")
     rows = []
-    for suite in ("headline", "few-heads", "long-context", "gates"):
+    for suite in ("headline", "few-heads", "long-context", "gates", "unbounded", "decode"):
         for i, case in enumerate(SUITES[suite]):
-            rows += [row(case, "kda-cute", 300.0 + i), row(case, "fla", 900.0 + i), row(case, "floor", 200.0)]
+            made = row(case, "kda-cute", 300.0 + i), row(case, "fla", 900.0 + i), row(case, "floor", 200.0)
+            rows += [{**x, "suite": suite} for x in made]
     rows.append(row(Case((8192,), 96), "kda_hopper", None, refused="refused"))
     written = plot.save(rows, tmp_path)
     assert [path.name for path in written] == ["floor.svg", "tokens.svg", "heads.svg", "gates.svg"]

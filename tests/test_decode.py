@@ -134,7 +134,7 @@ def test_has_no_gradient_and_says_so() -> None:
     with pytest.raises(
         NotImplementedError, match="q requires grad: fused_recurrent_kda has no backward; chunk_kda has"
     ):
-        fused_recurrent_kda(**kwargs, backend="cute") if False else fused_recurrent_kda(**kwargs)
+        fused_recurrent_kda(**kwargs)
     with torch.no_grad():
         fused_recurrent_kda(**kwargs)
 
