@@ -41,7 +41,7 @@ format: $(STAMP)
 # mypy does not follow an editable install's import hook, so it gets the installed layout as links.
 types: $(STAMP)
 	rm -rf build/types && mkdir -p build/types/kda_cute
-	ln -s $(CURDIR)/kda_cute/* $(CURDIR)/kernels $(CURDIR)/reference build/types/kda_cute/
+	ln -s $(CURDIR)/kda_cute/* $(CURDIR)/kernels $(CURDIR)/reference $(CURDIR)/examples build/types/kda_cute/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p kda_cute
 
 inspect: $(STAMP)  ## registers, shared memory, spills and instruction counts of every kernel; no GPU needed

@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help="what this machine has and what is needed; fails if it has a GPU and something needed is missing"
     )
-    demo = commands.add_parser("demo", help="KDA at Kimi Linear's shapes: error, time, bandwidth, tokens/s")
-    demo.add_argument("--cpu", action="store_true", help="run the small CPU demo even if there is a Hopper GPU")
+    demo = commands.add_parser("demo", help="a small Kimi Linear answers from a long context; KDA's error and speed")
+    demo.add_argument("--cpu", action="store_true", help="the small demo on the CPU even if there is a Hopper GPU")
     warmup = commands.add_parser("warmup", help="compile into the cache; needs no GPU")
     inspect = commands.add_parser("inspect", help="what ptxas made of each kernel; needs no GPU")
     inspect.add_argument("--sass", action="store_true", help="print the disassembly too")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kda_cute import cli, cubin, doctor, jit
 from kda_cute.kernels.config import all_configs
@@ -106,17 +107,39 @@ def test_doctor_missing_package_fails(capsys, monkeypatch):
 # ---- demo
 
 
-def test_demo_on_the_cpu(capsys):
+@pytest.fixture
+def brief(monkeypatch):
+    from kda_cute import demo
+
+    monkeypatch.setattr(demo, "CPU", demo.Sizes(2, (30, 5), {1: 8, 4: 2}, (), (64, 128)))
+    return demo
+
+
+def test_demo_on_the_cpu(capsys, brief):
     assert cli.main(["demo", "--cpu"]) == 0
     out = capsys.readouterr().out
     for what in ("error", "time", "memory floor", "bandwidth", "tokens/s"):
         assert f"\n  {what} " in out
+    trained = brief.KimiLinear.load(brief.CHECKPOINT).config.trained_tokens
+    rows = [line.split() for line in out.splitlines() if " kB " in line]
+    assert [(int(row[0]), int(row[1])) for row in rows] == [(trained - 24, 8), (4 * trained - 24, 2)]
+    assert all(float(row[2].rstrip("%")) >= 95 for row in rows)  # of 64 and 16 answers
+    assert [line.split()[:2] for line in out.splitlines() if line.endswith("#")] == [
+        ["64", "KDA"], ["64", "SDPA"], ["128", "KDA"], ["128", "SDPA"],
+    ]  # fmt: skip
 
 
-def test_demo_fails_on_a_wrong_result(capsys, monkeypatch):
-    from kda_cute import demo
+def test_demo_counts_answers(brief):
+    """A model that says the same to everything has few right ones."""
+    model = brief.KimiLinear.load(brief.CHECKPOINT)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    stream = brief.sample(8, 64, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert brief.answer(model, stream, torch.device("cpu"))[0] < 0.2
 
-    right = demo.chunk_kda
+
+def test_demo_fails_on_a_wrong_result(capsys, monkeypatch, brief):
+    demo, right = brief, brief.chunk_kda
 
     def wrong(**call):
         o, state = right(**call)

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "kimi_linear"
+from kda_cute.examples.kimi_linear import model, recall
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(EXAMPLE))
-    import model
-    import recall
-
-    yield model, recall
-    for name in ("model", "recall"):
-        sys.modules.pop(name)
-
-
-@pytest.fixture
-def small(example: Any) -> Any:
+def small() -> Any:
     torch.manual_seed(0)
-    model, recall = example
     return model.KimiLinear(model.Config(recall.VOCAB, hidden_size=32, num_heads=2, head_dim=16, mlp_size=48)).eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [(0, 30, 60), (0, 1, 2, 40, 57, 58, 59, 60), (0, 50, *range(51, 61))])
-def test_goes_on_from_a_cache(cuts: tuple[int, ...], small: Any, example: Any) -> None:
-    model, recall = example
+def test_goes_on_from_a_cache(cuts: tuple[int, ...], small: Any) -> None:
     tokens = torch.randint(recall.VOCAB, (2, 60))
     cache = model.Cache()
     parts = [small(tokens[:, a:b], cache) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
@@ -41,8 +26,7 @@ def test_goes_on_from_a_cache(cuts: tuple[int, ...], small: Any, example: Any) -
 
 
 @torch.no_grad()
-def test_packed_sequences_are_the_single_ones(small: Any, example: Any) -> None:
-    model, recall = example
+def test_packed_sequences_are_the_single_ones(small: Any) -> None:
     cuts, more = [0, 1, 20, 50], [0, 3, 4, 9]
     tokens, later = torch.randint(recall.VOCAB, (1, 50)), torch.randint(recall.VOCAB, (1, 9))
     cache = model.Cache()
@@ -54,8 +38,7 @@ def test_packed_sequences_are_the_single_ones(small: Any, example: Any) -> None:
             torch.testing.assert_close(got[:, piece], small(x[:, piece], own), rtol=1e-4, atol=1e-4)
 
 
-def test_only_attention_remembers_more_of_more_tokens(small: Any, example: Any) -> None:
-    model, recall = example
+def test_only_attention_remembers_more_of_more_tokens(small: Any) -> None:
     sizes = []
     for length in (20, 40):
         cache = model.Cache()
@@ -65,8 +48,7 @@ def test_only_attention_remembers_more_of_more_tokens(small: Any, example: Any) 
     assert sizes[0][:3] == sizes[1][:3] and sizes[1][3] == 2 * sizes[0][3]
 
 
-def test_parameters_are_named_as_in_fla(example: Any) -> None:
-    model, _ = example
+def test_parameters_are_named_as_in_fla() -> None:
     ours = {name: tuple(x.shape) for name, x in model.KimiDeltaAttention(model.Config(8)).state_dict().items()}
     theirs = {
         "A_log": (1,), "dt_bias": (128,), "q_proj.weight": (128, 128), "k_proj.weight": (128, 128),
@@ -84,8 +66,7 @@ def test_parameters_are_named_as_in_fla(example: Any) -> None:
     assert {name: tuple(x.shape) for name, x in layer.state_dict().items()} == theirs
 
 
-def test_streams_hold_what_they_ask_for(example: Any) -> None:
-    _, recall = example
+def test_streams_hold_what_they_ask_for() -> None:
     stream = recall.sample(5, 200, torch.Generator().manual_seed(0))
     body = stream.tokens[:, : stream.context]
     for b in range(5):
@@ -97,9 +78,8 @@ def test_streams_hold_what_they_ask_for(example: Any) -> None:
         recall.sample(1, 50, torch.Generator())
 
 
-def test_learns(small: Any, example: Any) -> None:
+def test_learns(small: Any) -> None:
     """Gradients go through all layers: a few steps on one batch bring the loss down."""
-    _, recall = example
     stream = recall.sample(4, 56, torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
     losses = []

@@ -9,11 +9,14 @@ Packed batches are [1, T] with cu_seqlens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from kda_cute import chunk_kda, fused_recurrent_kda
 
@@ -32,6 +35,7 @@ class Config:
     conv_size: int = 4
     lower_bound: float = -5.0  # of the log decay a token
     norm_eps: float = 1e-5
+    trained_tokens: int = 0
 
 
 @dataclass
@@ -69,37 +73,36 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
         """before: the last width - 1 inputs of every sequence, [N, width - 1, D]. Returns the next ones too."""
-        N, width = place.N, self.weight.shape[-1]
+        width = self.weight.shape[-1]
         if before is None:
-            before = x.new_zeros(N, width - 1, x.shape[-1])
-        flat = x.flatten(0, 1)
-        # each sequence behind what came before it
-        rows = torch.cat([torch.cat([before[n], flat[a:b]]) for n, (a, b) in enumerate(place.bounds)])
-        out = F.conv1d(rows.T[None], self.weight, groups=rows.shape[-1])[0].T
-        starts = [a + n * (width - 1) for n, (a, _) in enumerate(place.bounds)]
-        pieces = [out[s : s + b - a] for s, (a, b) in zip(starts, place.bounds, strict=True)]
-        last = [rows[s + b - a : s + b - a + width - 1] for s, (a, b) in zip(starts, place.bounds, strict=True)]
-        return F.silu(torch.cat(pieces).view(x.shape)), torch.stack(last)
+            before = x.new_zeros(place.N, width - 1, x.shape[-1])
+        out, last = [], []
+        for n, y in enumerate(place.split(x)):
+            rows = torch.cat([before if place.cuts is None else before[n : n + 1], y], 1)
+            out.append(F.conv1d(rows.transpose(1, 2), self.weight, groups=rows.shape[-1]).transpose(1, 2))
+            last.append(rows[:, rows.shape[1] - (width - 1) :])
+        return F.silu(torch.cat(out, 1)), torch.cat(last)
 
 
 @dataclass
 class Place:
-    """Where sequences are in a batch: as [B, T] lies flat, sequence n has tokens bounds[n]."""
+    """Where sequences are in a batch: packed ones have tokens cuts[n] to cuts[n + 1] of its one entry."""
 
-    bounds: list[tuple[int, int]]
-    cu_seqlens: Tensor | None
+    N: int
+    longest: int
+    cu_seqlens: Tensor | None = None
+    cuts: list[int] | None = None
 
     @staticmethod
     def of(tokens: Tensor, cu_seqlens: Tensor | None) -> Place:
-        B, T = tokens.shape
         if cu_seqlens is None:
-            return Place([(b * T, (b + 1) * T) for b in range(B)], None)
+            return Place(*tokens.shape)
         cuts = cu_seqlens.tolist()
-        return Place(list(zip(cuts[:-1], cuts[1:], strict=True)), cu_seqlens)
+        return Place(len(cuts) - 1, max(b - a for a, b in zip(cuts, cuts[1:], strict=False)), cu_seqlens, cuts)
 
-    @property
-    def N(self) -> int:
-        return len(self.bounds)
+    def split(self, x: Tensor) -> Iterable[Tensor]:
+        """[B, T, ...], or [1, tokens, ...] of each packed sequence."""
+        return [x] if self.cuts is None else [x[:, a:b] for a, b in zip(self.cuts, self.cuts[1:], strict=False)]
 
 
 class KimiDeltaAttention(nn.Module):
@@ -125,7 +128,7 @@ class KimiDeltaAttention(nn.Module):
         k, k_last = self.k_conv1d(self.k_proj(x), before[1], place)
         v, v_last = self.v_conv1d(self.v_proj(x), before[2], place)
         q, k, v, g = (y.unflatten(-1, heads) for y in (q, k, v, self.f_proj(x)))
-        few = state is not None and max(b - a for a, b in place.bounds) <= FEW
+        few = state is not None and place.longest <= FEW
         attend = fused_recurrent_kda if few and not torch.is_grad_enabled() else chunk_kda
         o, state = attend(
             q, k, v, g, self.b_proj(x), A_log=self.A_log.float(), dt_bias=self.dt_bias.float(), initial_state=state,
@@ -148,22 +151,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, past: tuple[Tensor, ...] | None, place: Place) -> tuple[Tensor, tuple[Tensor, ...]]:
         heads = (self.config.num_heads, self.config.head_dim)
-        q, k, v = (p(x).unflatten(-1, heads).flatten(0, 1) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (p(x).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         out, kept = [], []
-        for n, (a, b) in enumerate(place.bounds):
-            keys, values = k[a:b], v[a:b]
+        for n, parts in enumerate(zip(*map(place.split, projected), strict=True)):
+            q_n, keys, values = (y.transpose(1, 2) for y in parts)
             if past is not None:
-                keys, values = torch.cat([past[2 * n], keys]), torch.cat([past[2 * n + 1], values])
+                keys, values = torch.cat([past[2 * n], keys], 2), torch.cat([past[2 * n + 1], values], 2)
             kept += [keys, values]
-            seen = len(keys) - (b - a)
-            q_n, k_n, v_n = (y.transpose(0, 1) for y in (q[a:b], keys, values))
-            if seen == 0:
-                o = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True)
+            tokens, seen = q_n.shape[2], keys.shape[2]
+            if tokens == seen:
+                o = F.scaled_dot_product_attention(q_n, keys, values, is_causal=True)
+            elif tokens == 1:
+                o = F.scaled_dot_product_attention(q_n, keys, values)
             else:
-                mask = torch.ones(b - a, len(keys), dtype=torch.bool, device=x.device).tril(seen)
-                o = F.scaled_dot_product_attention(q_n, k_n, v_n, attn_mask=mask)
-            out.append(o.transpose(0, 1))
-        return self.o_proj(torch.cat(out).flatten(-2).view(*x.shape[:2], -1)), tuple(kept)
+                o = F.scaled_dot_product_attention(q_n, keys, values, attn_mask=causal_lower_right(tokens, seen))
+            out.append(o.transpose(1, 2))
+        return self.o_proj(torch.cat(out, 1).flatten(-2)), tuple(kept)
 
 
 class MLP(nn.Module):
@@ -208,3 +211,21 @@ class KimiLinear(nn.Module):
             if cache is not None:
                 cache.layers[i] = kept
         return self.lm_head(self.norm(x))
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, cache: Cache, chunk: int = 1 << 15) -> Tensor:
+        """Logits behind the last token, [B, vocab_size], so many tokens at a time."""
+        for piece in tokens.split(chunk, 1):
+            logits = self(piece, cache)[:, -1]
+        return logits
+
+    def save(self, path: Path) -> None:
+        weights = {name: x.cpu() for name, x in self.state_dict().items()}
+        torch.save({"config": asdict(self.config), "weights": weights}, path)
+
+    @staticmethod
+    def load(path: Path, device: torch.device | str = "cpu") -> KimiLinear:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = KimiLinear(Config(**saved["config"])).to(device=device, dtype=torch.bfloat16).eval()
+        model.load_state_dict(saved["weights"])
+        return model

@@ -1,7 +1,8 @@
-"""Trains the small Kimi Linear on recall and keeps it in bf16:  python examples/kimi_linear/train.py
+"""Trains the small Kimi Linear on recall and keeps it in bf16:  python -m kda_cute.examples.kimi_linear.train
 
-On a GPU: a few minutes with fla-core for the gradients. The log has a line every 50 steps; figures at the end are of
-fresh streams. Lengths grow from 64 to 512 tokens; longer ones are for the test.
+Lengths grow during the first half of all steps; a step has the same number of tokens at any length. On a GPU fla-core
+makes the gradients fast. The log has a line every 50 steps; figures at the end are of fresh streams, of the last length
+and of four times that.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from model import Config, KimiLinear
-from recall import VOCAB, Stream, sample
+
+from .model import Config, KimiLinear
+from .recall import VOCAB, Stream, sample
 
 HERE = Path(__file__).parent
-LENGTHS = (64, 128, 256, 512)
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def loss_of(model: KimiLinear, stream: Stream) -> tuple[torch.Tensor, float]:
@@ -27,15 +29,15 @@ def loss_of(model: KimiLinear, stream: Stream) -> tuple[torch.Tensor, float]:
 
 
 @torch.no_grad()
-def accuracy(model: KimiLinear, length: int, streams: int, generator: torch.Generator) -> float:
-    right = [loss_of(model, sample(min(streams, 16), length, generator))[1] for _ in range(max(streams // 16, 1))]
-    return sum(right) / len(right)
+def accuracy(model: KimiLinear, length: int, generator: torch.Generator, batches: int = 16, streams: int = 16) -> float:
+    return sum(loss_of(model, sample(streams, length, generator))[1] for _ in range(batches)) / batches
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--tokens", type=int, default=1 << 15, help="of a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     generator = torch.Generator(options.device).manual_seed(options.seed)
-    model = KimiLinear(Config(VOCAB)).to(options.device)
+    model = KimiLinear(Config(VOCAB, trained_tokens=options.lengths[-1])).to(options.device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -52,11 +54,11 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / max(warm, 1), 1) * (1 - max(i - 0.5 * steps, 0) / (0.5 * steps) * 0.9)
     )
-    lines, begin, step_length = [], time.monotonic(), 0
+    lines, begin, lengths = [], time.monotonic(), options.lengths
     for step in range(steps):
-        step_length = LENGTHS[min(step * len(LENGTHS) // (steps // 2 + 1), len(LENGTHS) - 1)]
+        length = lengths[min(step * 2 * len(lengths) // steps, len(lengths) - 1)]
         with torch.autocast(torch.device(options.device).type, dtype=torch.bfloat16):
-            loss, right = loss_of(model, sample(options.batch, step_length, generator))
+            loss, right = loss_of(model, sample(options.tokens // length, length, generator))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -64,16 +66,14 @@ def main() -> None:
         schedule.step()
         if step % 50 == 49 or step == steps - 1:
             seconds = round(time.monotonic() - begin, 1)
-            lines.append(
-                dict(step=step + 1, length=step_length, loss=round(loss.item(), 4), recall=right, seconds=seconds)
-            )
+            lines.append(dict(step=step + 1, length=length, loss=round(loss.item(), 4), recall=right, seconds=seconds))
             print(json.dumps(lines[-1]), flush=True)
     model.bfloat16().eval()
-    for length in (LENGTHS[-1], 4 * LENGTHS[-1]):
-        lines.append(dict(tokens=length, streams=256, recall=accuracy(model, length, 256, generator)))
+    for length in (lengths[-1], 4 * lengths[-1]):
+        lines.append(dict(tokens=length, answers=2048, recall=accuracy(model, length, generator)))
         print(json.dumps(lines[-1]), flush=True)
-    torch.save({name: x.cpu() for name, x in model.state_dict().items()}, options.out / "recall.pt")
-    settings = {name: str(x) if isinstance(x, Path) else x for name, x in vars(options).items() if name != "out"}
+    model.save(options.out / "recall.pt")
+    settings = {name: x for name, x in vars(options).items() if name != "out"}
     versions = dict(
         torch=torch.__version__, device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     )

@@ -1,0 +1,1 @@
+"""A small Kimi Linear that answers from a long context: model, task, training."""
