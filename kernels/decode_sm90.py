@@ -1,8 +1,9 @@
 """KDA token by token: what decoding needs, a few tokens a sequence from a state and back into one.
 
-A block of four warps has 32 rows of one head's state in registers, fp32, from its load to its store; a warp has 8 of
-them, all by itself. 8 tokens are asked for at once, into shared memory, where every thread makes what a channel needs
-of each, for all warps; then each warp goes through them,
+A block of four warps has 32 rows of one head's state in registers, fp32, from its load to its store. With V first a
+warp has 8 of them, all by itself, else a quarter of the channels: so it touches whole lines of memory. 8 tokens are asked
+for at once, into shared memory, where every thread makes what a channel needs of each, for all warps; then the warps go
+through them,
 
     S <- S diag(a_t);   u_t = beta_t (v_t - S k_t);   S <- S + u_t k_t^T;   o_t = scale S q_t
 
@@ -25,6 +26,7 @@ from .fwd_sm90 import EPS, LOG2_1P, LOG2_E, KdaFwdSm90, fake_tensors
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
 TOKENS = 8  # at a time
+SUMS = 1024  # bytes: S k and S q of the rows, from each warp's channels
 NUMBERS = 16  # bytes: of a token what q and k are multiplied with, q k, beta
 
 
@@ -33,6 +35,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         self.config = config  # type: ignore[assignment]
         types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
         self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
+        self.keys = config.K // (32 if config.state_v_first else 16)  # channels of a lane
 
     # ------------------------------------------------------------------ host side
 
@@ -88,7 +91,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             smem.allocate_tensor(dtype, cute.make_layout((TOKENS, n), stride=(n, 1)), byte_alignment=16)
             for dtype, n in ((self.dtype, K), (self.dtype, K), (self.g_type, K), (self.dtype, ROWS))
         )
-        tables = *(table(TOKENS * n * 4) for n in (K, K, K, ROWS)), table(TOKENS * NUMBERS)
+        tables = *(table(TOKENS * n * 4) for n in (K, K, K, ROWS)), table(TOKENS * NUMBERS), table(2 * SUMS)
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
@@ -107,9 +110,8 @@ class KdaDecodeSm90(KdaFwdSm90):
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
             S[i] = Float32(0.0)
-        row = part * ROWS + warp * WARP_ROWS
         if (initial_state != 0) & kept:
-            self.move(S, initial_state, place, row, lane, (flags & INITIAL_BF16) != 0, True)
+            self.move(S, initial_state, place, part, warp, lane, (flags & INITIAL_BF16) != 0, True)
 
         for t in cutlass.range(0, tokens, unroll=1):
             if t % TOKENS == 0:
@@ -126,12 +128,18 @@ class KdaDecodeSm90(KdaFwdSm90):
                     left = cutlass.min(tokens - t - TOKENS, TOKENS)
                     self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
                     raw_beta = self.load_beta(beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags)
-            self.step(S, tables, t % TOKENS, mO[b, start + t, h, None], part * ROWS, warp * WARP_ROWS, lane)
+            j, o = t % TOKENS, mO[b, start + t, h, None]
+            if const_expr(self.config.state_v_first):
+                self.step(S, tables, j, o, part * ROWS, warp * WARP_ROWS, lane)
+            else:
+                self.send_sums(S, tables, j, warp, lane)
+                cute.arch.sync_threads()
+                self.take_sums(S, tables, j, o, part * ROWS, warp, lane)
             if token_states != 0:
                 after = (Int64(b) * T + start + t) * H + h
-                self.move(S, token_states, after, row, lane, (flags & TOKEN_STATES_BF16) != 0, False)
+                self.move(S, token_states, after, part, warp, lane, (flags & TOKEN_STATES_BF16) != 0, False)
         if (final_state != 0) & kept:
-            self.move(S, final_state, place, row, lane, (flags & FINAL_BF16) != 0, False)
+            self.move(S, final_state, place, part, warp, lane, (flags & FINAL_BF16) != 0, False)
 
     # ------------------------------------------------------------------ before the tokens
 
@@ -191,7 +199,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             for i in cutlass.range_constexpr(self.config.K // 32):
                 q, k = (x[j, i * 32 + lane].to(Float32) for x in raw[:2])
                 sums = [ptx.fma(q, q, sums[0]), ptx.fma(k, k, sums[1]), ptx.fma(q, k, sums[2]), sums[3]]
-            x = self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))
+            (x,) = self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))
             norm = Float32(1.0)
             if (flags & L2NORM) != 0:
                 norm = ptx.rsqrt(x + EPS)
@@ -217,8 +225,8 @@ class KdaDecodeSm90(KdaFwdSm90):
         return ptx.ex2(g * LOG2_E)
 
     def sum_to_lanes(self, x, lane: Int32, split, whole):
-        """Sums over a warp's lanes of 2^n numbers: a lane has that of x[i], the bits of i being its own in `split`, the
-        highest first. Lanes that differ in `whole` have the same."""
+        """Sums over a warp's lanes of 2^n numbers: a lane has those of x[i], the first bits of i being its own in
+        `split`. Lanes that differ in `whole` have the same."""
         for mask in split:
             half, high = len(x) // 2, (lane & mask) != 0
             x = [
@@ -227,47 +235,81 @@ class KdaDecodeSm90(KdaFwdSm90):
             ]
         for mask in whole:
             x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
-        return x[0]
+        return x
 
-    def step(
-        self, S: cute.Tensor, tables, j: Int32, o: cute.Tensor, block_row: Int32, row: Int32,
-        lane: Int32,
-    ):  # fmt: skip
-        """Token j: S goes on, o of 8 rows is stored. With V first a lane has neighbouring channels of all 8 rows, else
-        4 of the rows, and K / 16 of the channels."""
-        K, v_first = self.config.K, self.config.state_v_first
-        keys, values = (K // 32, WARP_ROWS) if v_first else (K // 16, 4)
-        sQ, sK, sA = (x + j * (K * 4) + (lane if v_first else lane // 2) * (keys * 4) for x in tables[:3])
+    def sums(self, S: cute.Tensor, first: int, sQ: Int32, sK: Int32, sA: Int32):
+        """Of four rows S <- S diag(a), and S k and S q, over a lane's channels."""
+        Sk, Sq, few = [Float32(0.0)] * 4, [Float32(0.0)] * 4, min(self.keys, 4)
+        for c in range(0, self.keys, few):  # a few channels at a time: for want of registers
+            q, k, a = (self.vector(s + c * 4, few) for s in (sQ, sK, sA))
+            for i in range(4):
+                for e in range(few):
+                    at = self.at(first + i, c + e)
+                    S[at] = S[at] * a[e]
+                    Sk[i], Sq[i] = ptx.fma(S[at], k[e], Sk[i]), ptx.fma(S[at], q[e], Sq[i])
+        return Sk + Sq
+
+    def add(self, S: cute.Tensor, first: int, uk, sK: Int32) -> None:
+        """S <- S + u k^T, of four rows."""
+        few = min(self.keys, 4)
+        for c in range(0, self.keys, few):
+            k = self.vector(sK + c * 4, few)
+            for i in range(4):
+                for e in range(few):
+                    at = self.at(first + i, c + e)
+                    S[at] = ptx.fma(uk[i], k[e], S[at])
+
+    def at(self, row: int, channel: int) -> int:
+        return row * self.keys + channel if self.config.state_v_first else channel * 4 + row
+
+    def vectors(self, tables, j: Int32, channel):
+        return (x + (j * self.config.K + channel) * 4 for x in tables[:3])
+
+    def step(self, S: cute.Tensor, tables, j: Int32, o: cute.Tensor, block_row: Int32, row: Int32, lane: Int32):
+        """Token j, V first: S goes on, o of a warp's 8 rows is stored. A lane has neighbouring channels of them all."""
+        sQ, sK, sA = self.vectors(tables, j, lane * self.keys)
         rq, rk, qk, beta = ptx.lds_f32x4(tables[4] + j * NUMBERS)
-        few = min(keys, 4)  # channels at a time, and 4 rows: for want of registers
-        mine = lane // 4 % 4  # of 4 rows the one whose sums this lane has
-        for first in range(0, values, 4):
-            Sk, Sq = [Float32(0.0)] * 4, [Float32(0.0)] * 4
-            for c in range(0, keys, few):
-                q, k, a = (self.vector(s + c * 4, few) for s in (sQ, sK, sA))
-                for i in range(4):
-                    for e in range(few):
-                        at = (first + i) * keys + e if v_first else (c + e) * values + i
-                        S[at] = S[at] * a[e]
-                        Sk[i], Sq[i] = ptx.fma(S[at], k[e], Sk[i]), ptx.fma(S[at], q[e], Sq[i])
-            x = self.sum_to_lanes([*Sk, *Sq], lane, (16, 8, 4), (2, 1) if v_first else (2,))
+        for first in range(0, WARP_ROWS, 4):
+            (x,) = self.sum_to_lanes(self.sums(S, first, sQ, sK, sA), lane, (16, 8, 4), (2, 1))
             y = cute.arch.shuffle_sync_bfly(x, 16)
-            at = row + (first + mine if v_first else lane % 2 * 4 + mine)
+            at = row + first + lane // 4 % 4  # whose sums this lane has
             u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), ptx.lds_f32(tables[3] + (j * ROWS + at) * 4))
-            self.store(o, block_row + at, rq * ptx.fma(u * rk, qk, cutlass.select_(lane < 16, y, x)), lane)
-            uk = [cute.arch.shuffle_sync(u * rk, i * 4 + (0 if v_first else lane % 2)) for i in range(4)]
-            for c in range(0, keys, few):
-                k = self.vector(sK + c * 4, few)
-                for i in range(4):
-                    for e in range(few):
-                        at = (first + i) * keys + e if v_first else (c + e) * values + i
-                        S[at] = ptx.fma(uk[i], k[e], S[at])
+            self.store(
+                o, block_row + at, [rq * ptx.fma(u * rk, qk, cutlass.select_(lane < 16, y, x))],
+                (lane < 16) & (lane % 4 == 0),
+            )  # fmt: skip
+            self.add(S, first, [cute.arch.shuffle_sync(u * rk, i * 4) for i in range(4)], sK)
+
+    def send_sums(self, S: cute.Tensor, tables, j: Int32, warp: Int32, lane: Int32) -> None:
+        """Token j, K first: a lane has 4 rows of some channels; the sums of the warp's go to shared memory."""
+        sQ, sK, sA = self.vectors(tables, j, (warp * 4 + lane // 8) * self.keys)
+        x = self.sum_to_lanes(self.sums(S, 0, sQ, sK, sA), lane, (16, 8), ())
+        kind, row = lane // 16, lane % 8 * 4 + lane // 8 % 2 * 2
+        ptx.sts_f32x2(tables[5] + j % 2 * SUMS + (kind * 4 + warp) * (ROWS * 4) + row * 4, *x)
+
+    def take_sums(
+        self, S: cute.Tensor, tables, j: Int32, o: cute.Tensor, block_row: Int32, warp: Int32, lane: Int32
+    ) -> None:
+        """What comes after, with all sums there: S goes on, warp 0 stores o."""
+        rq, rk, qk, beta = ptx.lds_f32x4(tables[4] + j * NUMBERS)
+        row = lane % 8 * 4
+        v = ptx.lds_f32x4(tables[3] + (j * ROWS + row) * 4)
+        Sk, Sq = (
+            [ptx.lds_f32x4(tables[5] + j % 2 * SUMS + (kind * 4 + w) * (ROWS * 4) + row * 4) for w in range(4)]
+            for kind in range(2)
+        )
+        Sk, Sq = ([(x[0][i] + x[1][i]) + (x[2][i] + x[3][i]) for i in range(4)] for x in (Sk, Sq))
+        uk = [beta * ptx.fma(-rk, Sk[i], v[i]) * rk for i in range(4)]
+        out = [rq * ptx.fma(uk[i], qk, Sq[i]) for i in range(4)]
+        self.store(o, block_row + row, out, (warp == 0) & (lane < 8))
+        _, sK, _ = self.vectors(tables, j, (warp * 4 + lane // 8) * self.keys)
+        self.add(S, 0, uk, sK)
 
     @cute.jit
-    def store(self, out: cute.Tensor, row: Int32, o: Float32, lane: Int32):
-        """Of the lanes that have a row's sums one stores o."""
-        if (lane < 16) & (lane % 4 < (1 if self.config.state_v_first else 2)):
-            out[row] = o.to(self.dtype)
+    def store(self, out: cute.Tensor, row: Int32, o, mine):
+        if mine:
+            for i in cutlass.range_constexpr(len(o)):
+                out[row + i] = o[i].to(self.dtype)
 
     def vector(self, at: Int32, n: int):
         if n == 2:
@@ -278,22 +320,25 @@ class KdaDecodeSm90(KdaFwdSm90):
 
     @cute.jit
     def move(
-        self, S: cute.Tensor, address: Int64, state: Int64, row: Int32, lane: Int32, is_bf16, load: cutlass.Constexpr
-    ):
-        """A lane's elements of 8 rows of a state, to or from global memory."""
+        self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, is_bf16,
+        load: cutlass.Constexpr,
+    ):  # fmt: skip
+        """A lane's elements of a state, to or from global memory."""
         if is_bf16:
-            self.move_as(S, address, state, row, lane, 2, load)
+            self.move_as(S, address, state, part, warp, lane, 2, load)
         else:
-            self.move_as(S, address, state, row, lane, 4, load)
+            self.move_as(S, address, state, part, warp, lane, 4, load)
 
-    def move_as(self, S: cute.Tensor, address: Int64, state: Int64, row: Int32, lane: Int32, size: int, load: bool):
+    def move_as(
+        self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, size: int, load: bool
+    ):
         K, V = self.config.K, self.config.V
         if self.config.state_v_first:  # a row is K elements
-            n, step = K // 32, K
-            first = row * K + lane * n
+            n, step = self.keys, K
+            first = (part * ROWS + warp * WARP_ROWS) * K + lane * n
         else:  # a channel is V elements
             n, step = 4, V
-            first = lane // 2 * (K // 16) * V + row + lane % 2 * 4
+            first = (warp * 4 + lane // 8) * self.keys * V + part * ROWS + lane % 8 * 4
         at = address + (state * (K * V) + first) * size
         for i in range(WARP_ROWS * K // 32 // n):
             if load:

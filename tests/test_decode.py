@@ -163,11 +163,11 @@ def on_lanes(warp: Warp) -> Iterator[None]:
 
 @pytest.mark.parametrize("state_v_first", [False, True])
 @pytest.mark.parametrize("K", [64, 128])
-def test_a_warp_makes_a_token(state_v_first: bool, K: int) -> None:
-    """`step` on 8 rows of a state, from what the block's first half leaves in shared memory, against the formulas."""
+def test_a_block_makes_a_token(state_v_first: bool, K: int) -> None:
+    """32 rows of a state, from what is in shared memory for the second token, against the formulas."""
     rng = np.random.default_rng(7)
     kernel = decode.KdaDecodeSm90(KdaDecodeConfig(state_v_first=state_v_first, K=K))
-    V, row = 128, 40
+    V, block_row, keys = 128, 32, kernel.keys
     S = rng.standard_normal((V, K)).astype(f32)
     q, k, v = (rng.standard_normal(n).astype(f32) for n in (K, K, V))
     a, beta, scale = rng.random(K).astype(f32), f32(0.7), f32(0.25)
@@ -177,27 +177,38 @@ def test_a_warp_makes_a_token(state_v_first: bool, K: int) -> None:
     want += u[:, None] * (rk * k)
     o_want = want @ (rq * q)
 
-    warp = Warp()
+    block = Warp()
+    tables = 0, 1024, 2048, 3072, 4096, 8192
     numbers = np.array([rq, rk, (q * k).sum(), beta], f32)
-    for at, x in ((4 * K, q), (1024 + 4 * K, k), (2048 + 4 * K, a), (4096 + 16, numbers), (3072 + 128, v[32:64])):
-        warp.memory[at : at + 4 * len(x)] = x.view(np.uint8)
-    n = K // 32 if state_v_first else 4
-    keys = K // 32 if state_v_first else K // 16
-    held: list[Any] = []
-    for i in range(8 * K // 32):
+    for at, x in zip(tables, (q, k, a, v[32:64], numbers), strict=False):
+        block.memory[at + x.nbytes : at + 2 * x.nbytes] = x.view(np.uint8)
+
+    def place(warp: int, i: int) -> tuple[Any, Any]:
+        """(row, channel) of the lanes' i-th elements."""
         if state_v_first:
-            held.append(S[row + i // n, LANES * keys + i % n])
-        else:
-            held.append(S[row + LANES % 2 * 4 + i % n, LANES // 2 * keys + i // n])
+            return block_row + 8 * warp + i // keys, LANES * keys + i % keys
+        return block_row + LANES % 8 * 4 + i % 4, (warp * 4 + LANES // 8) * keys + i // 4
+
+    held = [[S[place(warp, i)] for i in range(8 * K // 32)] for warp in range(4)]
     o = np.full(V, np.nan)
-    kernel.store = lambda out, row, o, lane: out.__setitem__(row, o)
-    with on_lanes(warp):
-        kernel.step(held, (0, 1024, 2048, 3072, 4096), 1, o, 32, row - 32, LANES)  # the second token
-    for i in range(8 * K // 32):
-        if state_v_first:
-            exact = want[row + i // n, LANES * keys + i % n]
-        else:
-            exact = want[row + LANES % 2 * 4 + i % n, LANES // 2 * keys + i // n]
-        np.testing.assert_allclose(held[i], exact, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(o[row : row + 8], o_want[row : row + 8], rtol=1e-4, atol=1e-4)
-    assert np.isnan(np.delete(o, np.arange(row, row + 8))).all()
+
+    def store(out: Any, row: Any, values: Any, mine: Any) -> None:
+        for i, x in enumerate(values):
+            mask = np.broadcast_to(mine, (32,))
+            out[(row + i)[mask]] = x[mask]
+
+    kernel.store = store
+    with on_lanes(block):
+        for warp in range(4):
+            if state_v_first:
+                kernel.step(held[warp], tables, 1, o, block_row, 8 * warp, LANES)
+            else:
+                kernel.send_sums(held[warp], tables, 1, warp, LANES)
+        for warp in range(4):
+            if not state_v_first:
+                kernel.take_sums(held[warp], tables, 1, o, block_row, warp, LANES)
+    for warp in range(4):
+        for i in range(8 * K // 32):
+            np.testing.assert_allclose(held[warp][i], want[place(warp, i)], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(o[32:64], o_want[32:64], rtol=1e-4, atol=1e-4)
+    assert np.isnan(o[:32]).all() and np.isnan(o[64:]).all()
