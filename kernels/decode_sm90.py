@@ -1,9 +1,9 @@
 """KDA token by token: what decoding needs, a few tokens a sequence from a state and back into one.
 
 A block of four warps has 32 rows of one head's state in registers, fp32, from its load to its store. With V first a
-warp has 8 of them, all by itself, else a quarter of the channels: so it touches whole lines of memory. 8 tokens are asked
-for at once, into shared memory, where every thread makes what a channel needs of each, for all warps; then the warps go
-through them,
+warp has 8 of them, all by itself, else a quarter of the channels: so it touches whole lines of memory. 8 tokens are
+asked for at once, into shared memory, where every thread makes what a channel needs of each, for all warps; then the
+warps go through them,
 
     S <- S diag(a_t);   u_t = beta_t (v_t - S k_t);   S <- S + u_t k_t^T;   o_t = scale S q_t
 
