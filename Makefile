@@ -8,7 +8,7 @@ MINUTES ?= 10
 
 .PHONY: demo test gpu-test sanitize bench fuzz lint format types inspect doctor clean
 
-demo: $(STAMP)  ## KDA at Kimi Linear's shapes: on a Hopper GPU, else smaller on the CPU
+demo: $(STAMP)  ## KDA's error and speed, a small Kimi Linear that answers from a long context; on a Hopper GPU, else the CPU
 	$(BIN)/python -m kda_cute demo
 
 test: $(STAMP)  ## all tests; those marked gpu skip, with a printed reason, where there is no Hopper GPU

@@ -41,7 +41,7 @@ GPU = Sizes(  # Kimi Linear's heads; 8192 tokens of mixed lengths
     32, (1300, 547, 2048, 963, 271, 3063), {1: 256, 4: 64}, (1 << 14, 1 << 16, 1 << 18),
     tuple(1 << i for i in range(12, 19)),
 )  # fmt: skip
-CPU = Sizes(4, (130, 55, 205, 97, 25), {1: 64, 4: 16}, (4096,), (256, 1024, 4096))
+CPU = Sizes(4, (130, 55, 205, 97, 25), {1: 64, 4: 16}, (1 << 14,), (256, 1024, 4096))
 
 
 def run(cpu: bool = False) -> int:
