@@ -46,10 +46,11 @@ def call(
         **arguments,
     )  # fmt: skip
 
-    def error(x: torch.Tensor, y: torch.Tensor) -> float:
-        return ((x.cpu().double() - y).norm() / y.double().norm()).item()
-
     return max(error(o, expected_o), error(s, expected_s))
+
+
+def error(x: torch.Tensor, y: torch.Tensor) -> float:
+    return ((x.cpu().double() - y).norm() / y.double().norm()).item()
 
 
 def decode(g_dtype: torch.dtype, gate: str, state_dtype: torch.dtype, state_v_first: bool) -> float:
@@ -76,9 +77,6 @@ def decode(g_dtype: torch.dtype, gate: str, state_dtype: torch.dtype, state_v_fi
         q.cpu(), k.cpu(), v.cpu(), g.cpu(), beta.cpu(), initial_state=expected, output_token_states=True, **on_cpu
     )
 
-    def error(x: torch.Tensor, y: torch.Tensor) -> float:
-        return ((x.cpu().double() - y).norm() / y.double().norm()).item()
-
     covered = sum(lengths)
     pairs = (o[:, :covered], o_cpu[:, :covered]), (states, expected), (after[:, :covered], after_cpu[:, :covered])
     return max(error(x, y) for x, y in pairs)
@@ -88,9 +86,9 @@ def main() -> None:
     torch.manual_seed(0)
     for g_dtype, gate, v_first in itertools.product((torch.bfloat16, torch.float32), GATES, (False, True)):
         state_dtype = torch.bfloat16 if gate == "safe" else torch.float32
-        error = decode(g_dtype, gate, state_dtype, v_first)
-        print(f"decode {g_dtype=} {gate=} {state_dtype=} {v_first=} error {error:.1e}", flush=True)
-        assert error < BOUND
+        found = decode(g_dtype, gate, state_dtype, v_first)
+        print(f"decode {g_dtype=} {gate=} {state_dtype=} {v_first=} error {found:.1e}", flush=True)
+        assert found < BOUND
     cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), GATES, (False, True), (True, False))
     cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder
     for i, (split, g_dtype, gate, neg_eigval, varlen) in enumerate(cases):
@@ -101,12 +99,12 @@ def main() -> None:
         ops._known.clear()
         state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
         decay = "strong" if varlen else ("strong", "weak", "huge state")[(i // 3 + i // 9) % 3]
-        error = call(g_dtype, gate, neg_eigval, varlen, state_dtype, state_v_first, decay)
+        found = call(g_dtype, gate, neg_eigval, varlen, state_dtype, state_v_first, decay)
         print(
             f"{split=} {g_dtype=} {gate=} {neg_eigval=} {varlen=} {decay=} {state_dtype=} "
-            f"{state_v_first=} error {error:.1e}", flush=True,
+            f"{state_v_first=} error {found:.1e}", flush=True,
         )  # fmt: skip
-        assert error < BOUND
+        assert found < BOUND
 
 
 if __name__ == "__main__":
