@@ -214,9 +214,8 @@ def run(
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
         return o, final_state
 
-    prepare = _sm90().prepare_recurrent if recurrent else _sm90().prepare
-    launch = prepare(
-        q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, kept, scale=scale,
+    launch = _sm90().prepare(
+        q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, kept, recurrent, scale=scale,
         lower_bound=None if lower_bound is None else float(lower_bound),
         use_qk_l2norm_in_kernel=bool(use_qk_l2norm_in_kernel), use_gate_in_kernel=bool(use_gate_in_kernel),
         use_beta_sigmoid_in_kernel=bool(use_beta_sigmoid_in_kernel), allow_neg_eigval=bool(allow_neg_eigval),

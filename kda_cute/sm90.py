@@ -71,7 +71,8 @@ def prepare(
     final_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     state_indices: torch.Tensor | None,
-    kept: tuple[torch.Tensor, torch.Tensor, int] | None,
+    kept: Any,
+    recurrent: bool,
     *,
     scale: float,
     lower_bound: float | None,
@@ -84,32 +85,39 @@ def prepare(
     """The launch for all calls with the shapes, dtypes, device and flags of this one, which is validated and not empty.
 
     launch(q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices, kept) writes o,
-    final_state and what is kept. It returns False and launches nothing if an address is not a multiple of 16 bytes.
+    final_state and what is kept (see `ops.run`). It returns False and launches nothing if an address is not a multiple
+    of 16 bytes.
     """
-    device = q.get_device()
-    sms = _sm_count(device)
+    device, sms = q.get_device(), _sm_count(q.get_device())
     B, T, H, K = g.shape
-    V, whole = v.shape[-1], (K, v.shape[-1]) == (128, 128)
-    n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    split = v_split(B * T, n, H, sms) if V == 128 else 1
-    packed = cu_seqlens is not None
-    longest = B * T if packed else T
-    room = workspace_bytes(longest, n, H, packed, split, sms)
+    V, n = v.shape[-1], B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype, g_dtype = _DTYPES[q.dtype], _DTYPES[g.dtype]
-    gate = _gate(use_gate_in_kernel, lower_bound)
-    build = None
-    if room and whole and builds_maps(longest, H, n, packed, split, sms):
-        build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval, dtype))
-        room += maps_bytes(sms)
-    kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval, dtype, K, V, kept is not None))
-    flags = MAPS_BUILT * (build is not None) | _flags(
+    gate: Literal["safe", "softplus", "log"] = "log"
+    if use_gate_in_kernel:
+        gate = "softplus" if lower_bound is None else "safe"
+    build, room, every = None, 0, 0
+    flags = _flags(
         beta, initial_state, final_state, cu_seqlens, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel,
         allow_neg_eigval, state_v_first,
     )  # fmt: skip
-    flags |= CHECKPOINTS_BF16 * (kept is not None and kept[0].dtype is torch.bfloat16)
+    if recurrent:
+        kernel = jit.load(KdaDecodeConfig(g_dtype, gate, state_v_first, dtype, K, V))
+        flags |= TOKEN_STATES_BF16 * (kept is not None and kept.dtype is torch.bfloat16)
+    else:
+        split = v_split(B * T, n, H, sms) if V == 128 else 1
+        packed = cu_seqlens is not None
+        longest = B * T if packed else T
+        room = workspace_bytes(longest, n, H, packed, split, sms)
+        if room and K == V == 128 and builds_maps(longest, H, n, packed, split, sms):
+            build = jit.load(KdaBuildConfig(g_dtype, gate, allow_neg_eigval, dtype))
+            room += maps_bytes(sms)
+            flags |= MAPS_BUILT
+        kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, allow_neg_eigval, dtype, K, V, kept is not None))
+        if kept is not None:
+            flags |= CHECKPOINTS_BF16 * (kept[0].dtype is torch.bfloat16)
+            every = kept[2]
     pool = n if initial_state is None else initial_state.shape[0]
-    every = 0 if kept is None else kept[2]
-    numbers = (n, pool, every, scale, lower_bound or 0.0, flags, sms)
+    bound = lower_bound or 0.0
 
     def launch(
         q: torch.Tensor,
@@ -124,7 +132,7 @@ def prepare(
         dt_bias: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         state_indices: torch.Tensor | None,
-        kept: tuple[torch.Tensor, torch.Tensor, int] | None,
+        kept: Any,
     ) -> bool:
         initial = 0 if initial_state is None else initial_state.data_ptr()
         final = 0 if final_state is None else final_state.data_ptr()
@@ -132,106 +140,25 @@ def prepare(
         bias = 0 if dt_bias is None else dt_bias.data_ptr()
         cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
         indices = 0 if state_indices is None else state_indices.data_ptr()
-        states, first = (0, 0) if kept is None else (kept[0].data_ptr(), kept[1].data_ptr())
-        by_tma = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
-        if (by_tma | initial | final | a_log | bias) % 16:
+        by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
+        if (by_vector | initial | final | a_log | bias) % 16:
             return False
+        common = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, indices)
+        if recurrent:
+            states = 0 if kept is None else kept.data_ptr()
+            with _on(device):
+                kernel(*common, states, cuts, n, pool, scale, bound, flags)
+            return True
+        states, first = (0, 0) if kept is None else (kept[0].data_ptr(), kept[1].data_ptr())
         workspace = _workspace(device, room) if room else None
         handed = 0 if workspace is None else workspace.data_ptr()
-        arguments = (
-            q,
-            k,
-            v,
-            g,
-            o,
-            beta.data_ptr(),
-            a_log,
-            bias,
-            initial,
-            final,
-            indices,
-            states,
-            first,
-            cuts,
-            handed,
-            *numbers,
-        )
         with _on(device):
             if build is not None:
-                build(k, v, g, *arguments[5:9], indices, cuts, handed, n, pool, lower_bound or 0.0, flags, sms)
-            kernel(*arguments)
+                build(k, v, g, *common[5:9], indices, cuts, handed, n, pool, bound, flags, sms)
+            kernel(*common, states, first, cuts, handed, n, pool, every, scale, bound, flags, sms)
         return True
 
     return launch
-
-
-def prepare_recurrent(
-    q: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    final_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    state_indices: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    *,
-    scale: float,
-    lower_bound: float | None,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    state_v_first: bool,
-) -> Callable[..., bool]:
-    """As `prepare`, for fused_recurrent_kda. kept: the states after each token."""
-    device, n = q.get_device(), q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    gate = _gate(use_gate_in_kernel, lower_bound)
-    kernel = jit.load(
-        KdaDecodeConfig(_DTYPES[g.dtype], gate, state_v_first, _DTYPES[q.dtype], q.shape[-1], v.shape[-1])
-    )
-    flags = TOKEN_STATES_BF16 * (kept is not None and kept.dtype is torch.bfloat16) | _flags(
-        beta, initial_state, final_state, cu_seqlens, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval, state_v_first,
-    )  # fmt: skip
-    numbers = (n, n if initial_state is None else initial_state.shape[0], scale, lower_bound or 0.0, flags)
-
-    def launch(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        g: torch.Tensor,
-        beta: torch.Tensor,
-        o: torch.Tensor,
-        initial_state: torch.Tensor | None,
-        final_state: torch.Tensor | None,
-        A_log: torch.Tensor | None,
-        dt_bias: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        state_indices: torch.Tensor | None,
-        kept: torch.Tensor | None,
-    ) -> bool:
-        a_log = 0 if A_log is None else A_log.data_ptr()
-        bias = 0 if dt_bias is None else dt_bias.data_ptr()
-        initial = 0 if initial_state is None else initial_state.data_ptr()
-        final = 0 if final_state is None else final_state.data_ptr()
-        indices = 0 if state_indices is None else state_indices.data_ptr()
-        states = 0 if kept is None else kept.data_ptr()
-        cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
-        by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
-        if (by_vector | initial | final) % 16:
-            return False
-        with _on(device):
-            kernel(q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, indices, states, cuts, *numbers)
-        return True
-
-    return launch
-
-
-def _gate(use_gate_in_kernel: bool, lower_bound: float | None) -> Literal["safe", "softplus", "log"]:
-    if not use_gate_in_kernel:
-        return "log"
-    return "softplus" if lower_bound is None else "safe"
 
 
 def _flags(

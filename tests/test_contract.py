@@ -288,7 +288,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
         return launch
 
     monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "NVIDIA H200"))
-    monkeypatch.setattr(ops, "_sm90", lambda: SimpleNamespace(prepare=prepare, prepare_recurrent=prepare))
+    monkeypatch.setattr(ops, "_sm90", lambda: SimpleNamespace(prepare=prepare))
     monkeypatch.setattr(ops, "_copies_logged", set())
     monkeypatch.setattr(ops, "_known", {})
     return calls
