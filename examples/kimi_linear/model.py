@@ -12,15 +12,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from kda_cute import chunk_kda, fused_recurrent_kda
 
 FEW = 16  # tokens that are taken one by one if there is a state to go on from
+# Not cuDNN's attention, which plans for 50 ms at every new number of keys: at every token, that is.
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -159,13 +163,13 @@ class Attention(nn.Module):
                 keys, values = torch.cat([past[2 * n], keys], 2), torch.cat([past[2 * n + 1], values], 2)
             kept += [keys, values]
             tokens, seen = q_n.shape[2], keys.shape[2]
+            how: dict[str, Any] = {}
             if tokens == seen:
-                o = F.scaled_dot_product_attention(q_n, keys, values, is_causal=True)
-            elif tokens == 1:
-                o = F.scaled_dot_product_attention(q_n, keys, values)
-            else:
-                o = F.scaled_dot_product_attention(q_n, keys, values, attn_mask=causal_lower_right(tokens, seen))
-            out.append(o.transpose(1, 2))
+                how = {"is_causal": True}
+            elif tokens > 1:
+                how = {"attn_mask": causal_lower_right(tokens, seen)}
+            with sdpa_kernel(PLANLESS):
+                out.append(F.scaled_dot_product_attention(q_n, keys, values, **how).transpose(1, 2))
         return self.o_proj(torch.cat(out, 1).flatten(-2)), tuple(kept)
 
 
@@ -213,9 +217,10 @@ class KimiLinear(nn.Module):
         return self.lm_head(self.norm(x))
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, cache: Cache, chunk: int = 1 << 15) -> Tensor:
-        """Logits behind the last token, [B, vocab_size], so many tokens at a time."""
-        for piece in tokens.split(chunk, 1):
+    def prefill(self, tokens: Tensor, cache: Cache, chunk: int | None = None) -> Tensor:
+        """Logits behind the last token, [B, vocab_size], so many tokens at a time: 32768, and 2048 on the CPU, where
+        attention makes a mask of chunk times all tokens."""
+        for piece in tokens.split(chunk or (1 << 15 if tokens.is_cuda else 1 << 11), 1):
             logits = self(piece, cache)[:, -1]
         return logits
 

@@ -19,7 +19,7 @@ from .model import Config, KimiLinear
 from .recall import VOCAB, Stream, sample
 
 HERE = Path(__file__).parent
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def loss_of(model: KimiLinear, stream: Stream) -> tuple[torch.Tensor, float]:
@@ -35,11 +35,11 @@ def accuracy(model: KimiLinear, length: int, generator: torch.Generator, batches
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--tokens", type=int, default=1 << 15, help="of a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=1 << 17, help="of a step")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
