@@ -15,12 +15,14 @@ LONG_AND_SHORT = (60_000, *(20 + 61 * i % 381 for i in range(50)))
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: tokens of each sequence; one sequence runs without cu_seqlens. recurrent: by fused_recurrent_kda."""
+    """lengths: tokens of each sequence; one sequence runs without cu_seqlens. recurrent: by fused_recurrent_kda.
+    state_v_first: states are [N, H, V, K], else [N, H, K, V]."""
 
     lengths: tuple[int, ...]
     H: int
     gate: str = "prod"
     recurrent: bool = False
+    state_v_first: bool = True
 
     @property
     def T(self) -> int:
@@ -39,7 +41,7 @@ class Case:
             shape = f"{n} x {first}"
         else:
             shape = "+".join(map(str, self.lengths[:6])) + "+..." * (n > 6)
-        return f"{shape}, H = {self.H}, {self.gate}"
+        return f"{shape}, H = {self.H}, {self.gate}" + ", K first" * (not self.state_v_first)
 
     @property
     def floor_bytes(self) -> int:
@@ -52,7 +54,10 @@ SUITES = {
     "few-heads": [*(Case((8192,), H) for H in (8, 16, 32)), Case((2048,), 12)],
     "long-context": [*(Case((65536,), H) for H in (8, 16)), Case((262144,), 4)],
     "short": [Case((128,) * 64, 32), Case((32,) * 256, 32), Case((8,) * 1024, 32)],
-    "decode": [Case((T,) * N, 32, recurrent=True) for T, N in (*((1, 4**i) for i in range(6)), (4, 64), (16, 64))],
+    "decode": [
+        *(Case((T,) * N, 32, recurrent=True) for T, N in (*((1, 4**i) for i in range(6)), (4, 64), (16, 64))),
+        *(Case((1,) * 4**i, 32, recurrent=True, state_v_first=False) for i in range(6)),
+    ],
     "tokens": [Case((T,), 16) for T in (1024, 4096, 16384)],  # with 8192 and 65536 above, time against T
     "gates": [
         Case((T,), H, gate) for T, H in ((8192, 96), (8192, 16), (65536, 16)) for gate in ("prod", "weak", "mixed")
@@ -72,10 +77,11 @@ class Inputs:
     beta: torch.Tensor  # logits
     A_log: torch.Tensor
     dt_bias: torch.Tensor
-    state: torch.Tensor  # [N, H, V, K]
+    state: torch.Tensor  # [N, H, V, K] or [N, H, K, V]
     cu_seqlens: torch.Tensor | None
     lower_bound: float | None = LOWER_BOUND  # None: the softplus gate
     recurrent: bool = False
+    state_v_first: bool = True
 
 
 def make_inputs(case: Case, seed: int = 0, device: str = "cuda") -> Inputs:
@@ -95,4 +101,4 @@ def make_inputs(case: Case, seed: int = 0, device: str = "cuda") -> Inputs:
     state = torch.randn(case.N, H, D, D, **on)
     cu = torch.tensor((0, *case.lengths), device=device).cumsum(0) if case.N > 1 else None
     lower_bound = None if case.gate == "softplus" else LOWER_BOUND
-    return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu, lower_bound, case.recurrent)
+    return Inputs(q, k, v, g, beta, A_log, dt_bias, state, cu, lower_bound, case.recurrent, case.state_v_first)

@@ -27,8 +27,8 @@ def kda_cute(x: Inputs) -> Call:
     o, final_state = torch.empty_like(x.v), torch.empty_like(x.state)
     if x.recurrent:
         arguments = _recurrent(x)
-        return lambda: fused_recurrent_kda(out=o, final_state=final_state, state_v_first=True, **arguments)
-    return lambda: chunk_kda(out=o, final_state=final_state, state_v_first=True, **_arguments(x))
+        return lambda: fused_recurrent_kda(out=o, final_state=final_state, **arguments)
+    return lambda: chunk_kda(out=o, final_state=final_state, **_arguments(x))
 
 
 def reference(x: Inputs) -> Call:
@@ -36,7 +36,7 @@ def reference(x: Inputs) -> Call:
 
     def call() -> Results:
         with torch.no_grad():
-            return chunk_kda(output_final_state=True, state_v_first=True, backend="reference", **_arguments(x))
+            return chunk_kda(output_final_state=True, backend="reference", **_arguments(x))
 
     return call
 
@@ -49,7 +49,7 @@ def fla(x: Inputs) -> Call:
 
     def call() -> Results:
         with torch.inference_mode():
-            return function(output_final_state=True, state_v_first=True, **arguments)
+            return function(output_final_state=True, **arguments)
 
     return call
 
@@ -63,8 +63,9 @@ def fla_gdn(x: Inputs) -> Call:
     def call() -> Results:
         with torch.inference_mode():
             return chunk_gated_delta_rule(
-                x.q, x.k, x.v, g, x.beta, initial_state=x.state, output_final_state=True, state_v_first=True,
-                use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, cu_seqlens=x.cu_seqlens,
+                x.q, x.k, x.v, g, x.beta, initial_state=x.state, output_final_state=True,
+                state_v_first=x.state_v_first, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+                cu_seqlens=x.cu_seqlens,
             )  # fmt: skip
 
     return call
@@ -92,6 +93,7 @@ def _cudnn(
 ) -> Call:
     from cudnn.linear_attention.ops import kimi_delta_attention
 
+    _needs_v_first(x)
     cu = torch.tensor([0, x.q.shape[1]], device=x.q.device) if x.cu_seqlens is None else x.cu_seqlens
     tensors = (q[0], k[0], x.v[0], g[0], beta[0], cu.int())
 
@@ -107,6 +109,7 @@ def _cudnn(
 def flash_kda(x: Inputs) -> Call:
     from flash_kda import fwd
 
+    _needs_v_first(x)
     o, final_state, lower_bound = torch.empty_like(x.v), torch.empty_like(x.state), _needs_a_lower_bound(x)
 
     def call() -> Results:
@@ -123,6 +126,7 @@ def _arguments(x: Inputs) -> dict[str, Any]:
         q=x.q, k=x.k, v=x.v, g=x.g, beta=x.beta, A_log=x.A_log, dt_bias=x.dt_bias, initial_state=x.state,
         cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
         use_beta_sigmoid_in_kernel=True, safe_gate=x.lower_bound is not None, lower_bound=x.lower_bound,
+        state_v_first=x.state_v_first,
     )  # fmt: skip
 
 
@@ -136,6 +140,11 @@ def _log_decay(x: Inputs) -> torch.Tensor:
     if x.lower_bound is None:
         return softplus_gate(x.g.float(), x.A_log, x.dt_bias)
     return safe_gate(x.g.float(), x.A_log, x.dt_bias, x.lower_bound)
+
+
+def _needs_v_first(x: Inputs) -> None:
+    if not x.state_v_first:
+        raise NotImplementedError("has states with V first only")
 
 
 def _needs_a_lower_bound(x: Inputs) -> float:

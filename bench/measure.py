@@ -149,7 +149,7 @@ def expected(case: Case, x: Inputs) -> list[Slice]:
                 q, k, v, g, beta, initial_state=x.state[n : n + 1].index_select(1, heads),
                 A_log=x.A_log.index_select(0, heads), dt_bias=x.dt_bias.index_select(0, heads),
                 use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-                lower_bound=x.lower_bound, state_v_first=True, backend="reference",
+                lower_bound=x.lower_bound, state_v_first=x.state_v_first, backend="reference",
             )  # fmt: skip
         slices.append((tokens, heads, o))
     return slices

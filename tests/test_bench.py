@@ -28,7 +28,9 @@ TOKENS = {  # suite -> tokens, sequences and heads of its cases
     "few-heads": [(8192, 1, 8), (8192, 1, 16), (8192, 1, 32), (2048, 1, 12)],
     "long-context": [(65536, 1, 8), (65536, 1, 16), (262144, 1, 4)],
     "short": [(8192, 64, 32), (8192, 256, 32), (8192, 1024, 32)],
-    "decode": [*((4**i, 4**i, 32) for i in range(6)), (256, 64, 32), (1024, 64, 32)],
+    "decode": [(4**i, 4**i, 32) for i in range(6)]
+    + [(256, 64, 32), (1024, 64, 32)]
+    + [(4**i, 4**i, 32) for i in range(6)],
     "tokens": [(1024, 1, 16), (4096, 1, 16), (16384, 1, 16)],
     "gates": [(8192, 1, 96)] * 3 + [(8192, 1, 16)] * 3 + [(65536, 1, 16)] * 3,
     "unbounded": [(8192, 1, H) for H in (96, 96, 64, 64, 16, 16)],
@@ -63,6 +65,7 @@ def test_floor_counts_every_tensor_once():
 def test_suites_hold_what_they_are_named_for():
     assert {suite: [(case.T, case.N, case.H) for case in cases] for suite, cases in SUITES.items()} == TOKENS
     assert sorted({case.gate for case in SUITES["gates"]}) == ["mixed", "prod", "weak"]
+    assert [case.state_v_first for case in SUITES["decode"]] == [True] * 8 + [False] * 6
 
 
 def test_case_names_are_unique_in_a_suite():
