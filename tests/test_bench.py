@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -20,7 +21,7 @@ from bench.__main__ import run
 from bench.cases import SUITES, Case, make_inputs
 from bench.impls import IMPLS
 from bench.measure import ERROR_LIMIT, ERROR_TOKENS, error, expected, set_error
-from bench.timing import split_by_flush
+from bench.timing import on_quickest_core, split_by_flush
 from kda_cute import chunk_kda, demo
 
 TOKENS = {  # suite -> tokens, sequences and heads of its cases
@@ -201,6 +202,13 @@ def test_every_row_of_the_table_has_every_column():
 
 def titles(figure) -> list[str]:
     return [axes.get_title() for axes in figure.axes]
+
+
+def test_quickest_core_is_one_of_ours_and_for_a_while_only():
+    before = os.sched_getaffinity(0)
+    with on_quickest_core():
+        (core,) = os.sched_getaffinity(0)
+    assert core in before and os.sched_getaffinity(0) == before
 
 
 def test_pictures_of_made_up_rows(tmp_path):
