@@ -96,10 +96,17 @@ def prepare(
     if use_gate_in_kernel:
         gate = "softplus" if lower_bound is None else "safe"
     build, room, every = None, 0, 0
-    flags = _flags(
-        beta, initial_state, final_state, cu_seqlens, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval, state_v_first,
-    )  # fmt: skip
+    flags = (
+        L2NORM * use_qk_l2norm_in_kernel
+        | BETA_SIGMOID * use_beta_sigmoid_in_kernel
+        | NEG_EIGVAL * allow_neg_eigval
+        | BETA_BF16 * (beta.dtype is torch.bfloat16)
+        | BETA_FP16 * (beta.dtype is torch.float16)
+        | STATE_V_FIRST * state_v_first
+        | INITIAL_BF16 * (initial_state is not None and initial_state.dtype is torch.bfloat16)
+        | FINAL_BF16 * (final_state is not None and final_state.dtype is torch.bfloat16)
+        | CU_INT64 * (cu_seqlens is not None and cu_seqlens.dtype is torch.int64)
+    )
     if recurrent:
         kernel = jit.load(KdaDecodeConfig(g_dtype, gate, state_v_first, dtype, K, V))
         flags |= TOKEN_STATES_BF16 * (kept is not None and kept.dtype is torch.bfloat16)
@@ -159,20 +166,3 @@ def prepare(
         return True
 
     return launch
-
-
-def _flags(
-    beta: torch.Tensor, initial_state: torch.Tensor | None, final_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None, l2norm: bool, beta_sigmoid: bool, neg_eigval: bool, state_v_first: bool,
-) -> int:  # fmt: skip
-    return (
-        L2NORM * l2norm
-        | BETA_SIGMOID * beta_sigmoid
-        | NEG_EIGVAL * neg_eigval
-        | BETA_BF16 * (beta.dtype is torch.bfloat16)
-        | BETA_FP16 * (beta.dtype is torch.float16)
-        | STATE_V_FIRST * state_v_first
-        | INITIAL_BF16 * (initial_state is not None and initial_state.dtype is torch.bfloat16)
-        | FINAL_BF16 * (final_state is not None and final_state.dtype is torch.bfloat16)
-        | CU_INT64 * (cu_seqlens is not None and cu_seqlens.dtype is torch.int64)
-    )
