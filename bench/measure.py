@@ -14,7 +14,7 @@ import torch
 from .cases import Case, Inputs, make_inputs
 from .impls import IMPLS, Call, version
 from .report import Row
-from .timing import capture, event_times, host_time, on_quickest_core, profiler_times
+from .timing import capture, event_times, host_time, profiler_times
 
 REFERENCE_LIMIT = 1 << 16  # T * H up to which the reference is timed unasked
 REFERENCE_REPEATS = 5  # it takes tens of milliseconds
@@ -89,10 +89,9 @@ def _measure(case: Case, rows: dict[str, Row], asked: bool) -> None:
         eager |= event_times({"reference": calls["reference"]}, REFERENCE_REPEATS, from_idle=True)
     for name, (lower, median, upper) in eager.items():
         rows[name].update(eager_us=median, eager_us_quartiles=(lower, upper))
-        with on_quickest_core():
-            rows[name]["host_us"] = (
-                host_time(calls[name], 1, REFERENCE_REPEATS) if name == "reference" else host_time(calls[name])
-            )
+        rows[name]["host_us"] = (
+            host_time(calls[name], 1, REFERENCE_REPEATS) if name == "reference" else host_time(calls[name])
+        )
 
 
 def profile(case: Case, rows: Iterable[Row]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -68,10 +69,11 @@ def host_time(call: Callable[[], object], calls: int = 20, repeats: int = 5) -> 
     for _ in range(repeats):
         torch.cuda.synchronize()
         spent = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - start)
+        with on_quickest_core():
+            for _ in range(calls):
+                start = time.perf_counter()
+                call()
+                spent.append(time.perf_counter() - start)
         medians.append(statistics.median(spent) * 1e6)
     torch.cuda.synchronize()
     return statistics.median(medians)
@@ -85,9 +87,7 @@ def on_quickest_core() -> Iterator[None]:
 
     def pace(core: int) -> float:
         os.sched_setaffinity(0, {core})
-        start = time.perf_counter()
-        sum(range(50_000))
-        return time.perf_counter() - start
+        return min(timeit.repeat(lambda: sum(range(10_000)), number=1, repeat=5))
 
     try:
         os.sched_setaffinity(0, {min(cores, key=pace)})
