@@ -64,7 +64,8 @@ def event_times(
 
 
 def host_time(call: Callable[[], object], calls: int = 20, repeats: int = 5) -> float:
-    """Microseconds that the CPU spends in a call, GPU not waited for: median of short runs' medians, queue empty."""
+    """Microseconds that the CPU spends in a call, GPU not waited for: median of short runs' medians, queue empty,
+    each on the quickest core."""
     medians = []
     for _ in range(repeats):
         torch.cuda.synchronize()

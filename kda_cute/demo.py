@@ -89,10 +89,10 @@ def hybrid(sizes: Sizes, device: torch.device) -> list[str]:
         "  context  streams   recall  prefill tokens/s  decode tokens/s  state of a KDA layer  an attention layer keeps"
     )
     rng, right, asked = torch.Generator(device).manual_seed(1), 0.0, 0
-    answer(model, sample(1, min(sizes.streams), rng), device)  # loads the kernels
+    answer(model, sample(1, min(sizes.streams), rng))  # loads the kernels
     for length, streams in sizes.streams.items():
         stream = sample(streams, length, rng)
-        recall, prefill, decode, cache = answer(model, stream, device)
+        recall, prefill, decode, cache = answer(model, stream)
         if length <= trained:
             right, asked = right + recall * streams, asked + streams
         kept = [sum(x.nbytes for x in layer) / streams for layer in cache.layers.values()]
@@ -105,9 +105,9 @@ def hybrid(sizes: Sizes, device: torch.device) -> list[str]:
     return [f"recall up to {trained} tokens is {right / asked:.1%}, below {RECALL:.0%}"]
 
 
-def answer(model: KimiLinear, stream: Stream, device: torch.device) -> tuple[float, float, float, Cache]:
+def answer(model: KimiLinear, stream: Stream) -> tuple[float, float, float, Cache]:
     """(share of right answers, seconds of the prefill, seconds of decoding, the cache at the end)."""
-    cache, values = Cache(), []
+    cache, values, device = Cache(), [], stream.tokens.device
     begin = clock(device)
     model.prefill(stream.tokens[:, : stream.context], cache)
     middle = clock(device)
