@@ -91,7 +91,9 @@ class KdaDecodeSm90(KdaFwdSm90):
             smem.allocate_tensor(dtype, cute.make_layout((TOKENS, n), stride=(n, 1)), byte_alignment=16)
             for dtype, n in ((self.dtype, K), (self.dtype, K), (self.g_type, K), (self.dtype, ROWS))
         )
-        tables = *(table(TOKENS * n * 4) for n in (K, K, K, ROWS)), table(TOKENS * NUMBERS), table(2 * SUMS)
+        tables = *(table(TOKENS * n * 4) for n in (K, K, K, ROWS)), table(TOKENS * NUMBERS)
+        if const_expr(not self.config.state_v_first):
+            tables = (*tables, table(2 * SUMS))
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
