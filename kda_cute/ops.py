@@ -14,9 +14,9 @@ from . import contract, library
 from .reference.transforms import sequence_bounds
 
 try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # a torch that has them no more: every call is checked in full
-    TensorGuards = None  # type: ignore[assignment, misc]
+    TensorGuards: Any = torch._C._dynamo.guards.TensorGuards  # by attribute: torch 2.4 does not import it from there
+except AttributeError:  # a torch that has them no more: every call is checked in full
+    TensorGuards = None
 
 _log = logging.getLogger("kda_cute")
 
