@@ -63,7 +63,7 @@ def event_times(
     return {name: quartiles(t) for name, t in times.items()}
 
 
-def host_time(call: Callable[[], object], calls: int = 20, repeats: int = 5) -> float:
+def host_time(call: Callable[[], object], calls: int = 20, repeats: int = 15) -> float:
     """Microseconds that the CPU spends in a call, GPU not waited for: median of short runs' medians, queue empty,
     each on the quickest core."""
     medians = []

@@ -145,8 +145,8 @@ def run(
     if kept is not None and not recurrent:
         key = known = None
     if known is not None and not contract.CHECK_VALUES:
-        alike, launch, state_shape = known
-        if alike(q, k, v, g, beta, *[x for x in optional if x is not None]):
+        alike, given, launch, state_shape = known
+        if alike(*given((q, k, v, g, beta, *optional))):
             o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
             S = final_state
             if S is None and output_final_state:
@@ -482,12 +482,12 @@ def _remember(
             _known.clear()
         _known[key] = None  # a call that is never repeated does not pay for guards
     elif TensorGuards is not None:
-        given = [x for x in tensors if x is not None]
+        given = operator.itemgetter(*[i for i, x in enumerate(tensors) if x is not None])
         try:
-            guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            guards = TensorGuards(*given(tensors), dynamic_dims_sizes=None, dynamic_dims_strides=None)
         except TypeError:  # a torch that makes them otherwise: every call is checked in full
             return
-        _known[key] = guards.check, launch, state_shape
+        _known[key] = guards.check, given, launch, state_shape
 
 
 @functools.cache

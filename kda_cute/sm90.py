@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -38,14 +37,6 @@ _DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16"
 @functools.cache
 def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_nothing = contextlib.nullcontext()
-
-
-def _on(device: int) -> contextlib.AbstractContextManager:
-    """current_device would first see to it that CUDA is there, which a tensor on it has."""
-    return _nothing if device == torch._C._cuda_getDevice() else torch.cuda.device(device)
 
 
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
@@ -141,6 +132,11 @@ def prepare(
         state_indices: torch.Tensor | None,
         kept: Any,
     ) -> bool:
+        if torch._C._cuda_getDevice() != device:  # current_device would first see to it that CUDA is there, as q's is
+            with torch.cuda.device(device):
+                return launch(
+                    q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices, kept
+                )
         initial = 0 if initial_state is None else initial_state.data_ptr()
         final = 0 if final_state is None else final_state.data_ptr()
         a_log = 0 if A_log is None else A_log.data_ptr()
@@ -153,16 +149,14 @@ def prepare(
         common = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, indices)
         if recurrent:
             states = 0 if kept is None else kept.data_ptr()
-            with _on(device):
-                kernel(*common, states, cuts, n, pool, scale, bound, flags)
+            kernel(*common, states, cuts, n, pool, scale, bound, flags)
             return True
         states, first = (0, 0) if kept is None else (kept[0].data_ptr(), kept[1].data_ptr())
         workspace = _workspace(device, room) if room else None
         handed = 0 if workspace is None else workspace.data_ptr()
-        with _on(device):
-            if build is not None:
-                build(k, v, g, *common[5:9], indices, cuts, handed, n, pool, bound, flags, sms)
-            kernel(*common, states, first, cuts, handed, n, pool, every, scale, bound, flags, sms)
+        if build is not None:
+            build(k, v, g, *common[5:9], indices, cuts, handed, n, pool, bound, flags, sms)
+        kernel(*common, states, first, cuts, handed, n, pool, every, scale, bound, flags, sms)
         return True
 
     return launch

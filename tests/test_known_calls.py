@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -99,6 +101,28 @@ def test_third_call_is_not_checked(make: Any, launches: list[Any], checks: list[
         assert len({x.data_ptr() for x in o}) == 5  # each call its own
     else:
         assert all(x == launches[0] for x in launches)
+
+
+def test_another_gpu_is_current(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of GPU 0, of which two are the current one in turn: the launch is on 0, then all is as it was."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    on: list[int] = []
+    load = jit.load
+    monkeypatch.setattr(jit, "load", lambda config: lambda *given: (on.append(current[0]), load(config)(*given)))
+    kwargs = full(FIXED)
+    for current[0] in (0, 1, 1, 0, 1):
+        chunk_kda(**kwargs)
+    assert on == [0] * 5 and current == [1]
+    assert launches == [launches[0]] * 5
 
 
 def test_shapes_in_turn(launches: list[Any], checks: list[None]) -> None:
