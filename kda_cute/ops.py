@@ -145,8 +145,8 @@ def run(
     if kept is not None and not recurrent:
         key = known = None
     if known is not None and not contract.CHECK_VALUES:
-        alike, given, launch, state_shape = known
-        if alike(*given((q, k, v, g, beta, *optional))):
+        alike, present, launch, state_shape = known
+        if alike(*present((q, k, v, g, beta, *optional))):
             o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
             S = final_state
             if S is None and output_final_state:
@@ -469,9 +469,10 @@ def _takes_reference(q: torch.Tensor, backend: str | None) -> bool:
 
 
 # Calls that were right and needed no copy: all that decides about one except its tensors -> torch's guards (are tensors
-# the same in type, device, dtype, shape, strides and requires_grad?), the launch, the shape of a state. None after one
-# such call. For ten tensors the guards take 1 us; reading as much from Python takes 4 us, comparing not counted.
-_known: dict[tuple, tuple[Callable[..., bool], Callable[..., bool], tuple[int, ...]] | None] = {}
+# the same in type, device, dtype, shape, strides and requires_grad?), what picks the tensors that are no None for them,
+# the launch, the shape of a state. None after one such call. For ten tensors the guards take 1 us; reading as much from
+# Python takes 4 us, comparing not counted.
+_known: dict[tuple, tuple[Callable[..., bool], operator.itemgetter, Callable[..., bool], tuple[int, ...]] | None] = {}
 
 
 def _remember(
@@ -482,12 +483,12 @@ def _remember(
             _known.clear()
         _known[key] = None  # a call that is never repeated does not pay for guards
     elif TensorGuards is not None:
-        given = operator.itemgetter(*[i for i, x in enumerate(tensors) if x is not None])
+        present = operator.itemgetter(*[i for i, x in enumerate(tensors) if x is not None])
         try:
-            guards = TensorGuards(*given(tensors), dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            guards = TensorGuards(*present(tensors), dynamic_dims_sizes=None, dynamic_dims_strides=None)
         except TypeError:  # a torch that makes them otherwise: every call is checked in full
             return
-        _known[key] = guards.check, given, launch, state_shape
+        _known[key] = guards.check, present, launch, state_shape
 
 
 @functools.cache
