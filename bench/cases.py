@@ -53,7 +53,7 @@ SUITES = {
     "headline": [Case(lengths, H) for lengths in ((8192,), RAGGED, (1024,) * 8) for H in (96, 64)],  # FlashKDA's
     "few-heads": [*(Case((8192,), H) for H in (8, 16, 32)), Case((2048,), 12)],
     "long-context": [*(Case((65536,), H) for H in (8, 16)), Case((262144,), 4)],
-    "short": [Case((128,) * 64, 32), Case((32,) * 256, 32), Case((8,) * 1024, 32)],
+    "short": [Case((T,) * N, 32) for T, N in ((128, 64), (32, 256), (8, 1024), (16, 64), (4, 64))],
     "decode": [
         *(Case((T,) * N, 32, recurrent=True) for T, N in (*((1, 4**i) for i in range(6)), (4, 64), (16, 64))),
         *(Case((1,) * 4**i, 32, recurrent=True, state_v_first=False) for i in range(6)),
