@@ -341,7 +341,8 @@ def fused_recurrent_kda(
     **fla_kwargs: Any,
 ) -> Any:
     """What `chunk_kda` computes, token by token and in fp32: for decoding, where a sequence has a few new tokens and
-    reading and writing its state is what takes time. Any length is right; of long ones `chunk_kda` makes less work.
+    reading and writing its state is what takes time. Any length is right; from 8 tokens a sequence on `chunk_kda`, with
+    its products in bf16, takes less time.
 
     Args:
         all as in `chunk_kda`, in fla's order. With final_state=initial_state states are updated in place.
