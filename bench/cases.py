@@ -41,7 +41,8 @@ class Case:
             shape = f"{n} x {first}"
         else:
             shape = "+".join(map(str, self.lengths[:6])) + "+..." * (n > 6)
-        return f"{shape}, H = {self.H}, {self.gate}" + ", K first" * (not self.state_v_first)
+        how = ", recurrent" * self.recurrent + ", K first" * (not self.state_v_first)
+        return f"{shape}, H = {self.H}, {self.gate}{how}"
 
     @property
     def floor_bytes(self) -> int:

@@ -75,6 +75,12 @@ def test_case_names_are_unique_in_a_suite():
         assert len(set(names)) == len(names), suite
 
 
+def test_a_case_name_means_one_case():
+    """Of all suites: what has one name is drawn once."""
+    cases = {case for cases in SUITES.values() for case in cases}
+    assert len({case.name for case in cases}) == len(cases)
+
+
 def test_inputs_have_the_shape_of_the_case():
     case = Case((3, 2), H=2, gate="weak")
     x = make_inputs(case, device="cpu")
