@@ -341,8 +341,8 @@ def fused_recurrent_kda(
     **fla_kwargs: Any,
 ) -> Any:
     """What `chunk_kda` computes, token by token and in fp32: for decoding, where a sequence has a few new tokens and
-    reading and writing its state is what takes time. Any length is right; from 8 tokens a sequence on `chunk_kda`, with
-    its products in bf16, takes less time.
+    reading and writing its state is what takes time. Any length is right; for 64 sequences and more, of 8 tokens and
+    more, `chunk_kda`, with its products in bf16, takes less time.
 
     Args:
         all as in `chunk_kda`, in fla's order. With final_state=initial_state states are updated in place.

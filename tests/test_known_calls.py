@@ -104,7 +104,7 @@ def test_third_call_is_not_checked(make: Any, launches: list[Any], checks: list[
 
 
 def test_another_gpu_is_current(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of GPU 0, of which two are the current one in turn: the launch is on 0, then all is as it was."""
+    """The tensors are on GPU 0: there is the launch, whichever is the current one, which it is again afterwards."""
     current = [0]
 
     @contextlib.contextmanager
@@ -119,9 +119,11 @@ def test_another_gpu_is_current(launches: list[Any], monkeypatch: pytest.MonkeyP
     load = jit.load
     monkeypatch.setattr(jit, "load", lambda config: lambda *given: (on.append(current[0]), load(config)(*given)))
     kwargs = full(FIXED)
-    for current[0] in (0, 1, 1, 0, 1):
+    for index in (0, 1, 1, 0, 1):
+        current[0] = index
         chunk_kda(**kwargs)
-    assert on == [0] * 5 and current == [1]
+        assert current == [index]
+    assert on == [0] * 5
     assert launches == [launches[0]] * 5
 
 
