@@ -39,18 +39,26 @@ def _sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_workspaces: dict[tuple[int, int], torch.Tensor] = {}
+_workspaces: dict[tuple[int, int], list[torch.Tensor]] = {}
 
 
-def _workspace(device: int, size: int) -> torch.Tensor:
-    """Where blocks hand states on. The default stream, whose kernels run one after the other and clear the flags that
-    they set, keeps one. On another, memory may come from the pool of a CUDA graph, which must not outlive the call."""
+def _workspace(device: int, size: int) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Where blocks hand states on, and the list that it goes back to behind the last launch, if any.
+
+    Calls on the default stream keep theirs: kernels clear the flags that they set. While one call has it no other
+    finds it, because host threads may interleave their launches; whoever takes it next launches behind them all. On
+    other streams memory may come from the pool of a CUDA graph, which must not outlive the call.
+    """
     if torch._C._cuda_getCurrentRawStream(device) != 0:  # current_stream makes an object; never 0 while capturing
-        return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+        return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device)), None
     key = device, size
-    if key not in _workspaces:
-        _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
-    return _workspaces[key]
+    kept = _workspaces.get(key)
+    if kept is None:
+        kept = _workspaces.setdefault(key, [])
+    try:
+        return kept.pop(), kept
+    except IndexError:
+        return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device)), kept
 
 
 def prepare(
@@ -152,11 +160,13 @@ def prepare(
             kernel(*common, states, cuts, n, pool, scale, bound, flags)
             return True
         states, first = (0, 0) if kept is None else (kept[0].data_ptr(), kept[1].data_ptr())
-        workspace = _workspace(device, room) if room else None
+        workspace, kept_ones = _workspace(device, room) if room else (None, None)
         handed = 0 if workspace is None else workspace.data_ptr()
         if build is not None:
             build(k, v, g, *common[5:9], indices, cuts, handed, n, pool, bound, flags, sms)
         kernel(*common, states, first, cuts, handed, n, pool, every, scale, bound, flags, sms)
+        if kept_ones is not None and workspace is not None:
+            kept_ones.append(workspace)
         return True
 
     return launch

@@ -234,10 +234,11 @@ class KdaBuildSm90(KdaFwdSm90):
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
                 if worker + 1 + nth <= span // SPAN:
-                    slope, bias, total = self.slope(A_log, h), Float32(0.0), Float32(0.0)
+                    slope, shift = self.slope(A_log, h)
+                    bias, total = Float32(0.0), Float32(0.0)
                     if dt_bias != 0:
                         bias = self.global_f32(dt_bias, Int64(h * D + channel))
-                    bias = self.bias(slope, bias)
+                    bias = self.bias(slope, shift, bias)
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
                         total += self.factor(Float32(g[t, channel, h, b]), slope, bias)
                     total = total * self.log2_of_factor(lower_bound)

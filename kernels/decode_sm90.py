@@ -21,7 +21,7 @@ from cutlass.memory import SmemAllocator
 
 from . import ptx
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
-from .fwd_sm90 import EPS, LOG2_1P, LOG2_E, KdaFwdSm90, fake_tensors
+from .fwd_sm90 import EPS, G_SCALE, LOG2_1P, LOG2_E, KdaFwdSm90, fake_tensors
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
@@ -103,6 +103,11 @@ class KdaDecodeSm90(KdaFwdSm90):
         if n >= N:
             tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
+        rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
+        if (cu_seqlens != 0) & (n < N):
+            rest = self.cut(Int32(0), cu_seqlens, flags, T) + T - self.cut(N, cu_seqlens, flags, T)
+            if self.cut(n, cu_seqlens, flags, T) > self.cut(n + 1, cu_seqlens, flags, T):
+                rest, me, of = Int32(1), Int32(0), Int32(1)
 
         inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
         self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
@@ -119,7 +124,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             if t % TOKENS == 0:
                 left = cutlass.min(tokens - t, TOKENS)
                 # A shuffle stays where it is: what has been asked for is not waited for until here.
-                slope = cute.math.exp(ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)), fastmath=True)
+                slope = self.slope_of(ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)))
                 beta_t = self.beta(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
@@ -142,6 +147,20 @@ class KdaDecodeSm90(KdaFwdSm90):
                 self.move(S, token_states, after, part, warp, lane, (flags & TOKEN_STATES_BF16) != 0, False)
         if (final_state != 0) & kept:
             self.move(S, final_state, place, part, warp, lane, (flags & FINAL_BF16) != 0, False)
+        if rest > 0:
+            for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
+                S[i] = Float32(0.0)
+            self.clear_rest((S, mO, token_states, h, H, part, warp, lane, flags), cu_seqlens, N, T, flags, me, of)
+
+    @cute.jit
+    def clear(self, target, t: Int32):
+        """o of a token and the state after it become zero, as far as they are this block's."""
+        S, mO, token_states, h, H, part, warp, lane, flags = target
+        if warp == 0:
+            mO[0, t, h, part * ROWS + lane] = Float32(0.0).to(self.dtype)
+        if token_states != 0:
+            after = Int64(t) * H + h
+            self.move(S, token_states, after, part, warp, lane, (flags & TOKEN_STATES_BF16) != 0, False)
 
     # ------------------------------------------------------------------ before the tokens
 
@@ -181,7 +200,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         return a_log, bias
 
     @cute.jit
-    def put(self, raw, tables, left: Int32, slope: Float32, bias: Float32, lower_bound: Float32, thread: Int32):
+    def put(self, raw, tables, left: Int32, slope, bias: Float32, lower_bound: Float32, thread: Int32):
         """A channel of q, k and the decay, and a row of v, of each token."""
         for j in cutlass.range(thread // ROWS, left, 128 // ROWS, unroll=1):
             ptx.sts_f32(tables[3] + (j * ROWS + thread % ROWS) * 4, raw[3][j, thread % ROWS].to(Float32))
@@ -212,18 +231,19 @@ class KdaDecodeSm90(KdaFwdSm90):
 
     # ------------------------------------------------------------------ a token
 
-    def decay_of(self, g: Float32, slope: Float32, bias: Float32, lower_bound: Float32) -> Float32:
-        """exp of the log decay that the gate makes of g."""
+    def decay_of(self, g: Float32, slope, bias: Float32, lower_bound: Float32) -> Float32:
+        """exp of the log decay that the gate makes of g; slope: what `slope_of` returns."""
+        slope, shift = slope
         if self.config.gate == "safe":
-            x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope * -LOG2_E))
+            x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope))
             return ptx.ex2(x * lower_bound * LOG2_E)
         if self.config.gate == "softplus":
-            x = (g + bias) * LOG2_E
+            x = ptx.fma(g + bias, Float32(LOG2_E), shift)
             t = ptx.ex2(-ptx.absolute(x))
             p = Float32(LOG2_1P[0])
             for c in LOG2_1P[1:]:
                 p = ptx.fma(p, t, Float32(c))
-            return ptx.ex2(-slope * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
+            return ptx.ex2(slope * (-1.0 / G_SCALE) * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
         return ptx.ex2(g * LOG2_E)
 
     def sum_to_lanes(self, x, lane: Int32, split, whole):

@@ -108,6 +108,7 @@ SIGMOID_BITS = 15
 SIGMOID_SCALE = float(1 << SIGMOID_BITS)
 G_SCALE = 2048.0
 G_MOST = 24 * G_SCALE
+A_MOST = {"safe": 44.0, "softplus": 20.0, "log": 0.0}  # of A_log: see `slope_of`
 # log2(1 + t) / t for t in [0, 1], to 2^-14, highest power first
 LOG2_1P = (0.05965054, -0.22711755, 0.44189775, -0.71698725, 1.44261324)
 ROUND = 1.5 * 2**23  # x + ROUND has the integer nearest to x in its low bits
@@ -297,6 +298,10 @@ class KdaFwdSm90:
                     work, settled, items, H, T, state_indices, P, first_checkpoints, cu_seqlens, workspace,
                     most_workers, flags,
                 )  # fmt: skip
+                if cu_seqlens != 0:
+                    self.clear_rest(
+                        (mO, H), cu_seqlens, items // H, T, flags, cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+                    )
             elif warp == 1:
                 self.invert(
                     ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
@@ -541,6 +546,53 @@ class KdaFwdSm90:
 
     def clamp(self, x: Int64, T: Int32) -> Int32:
         return Int32(cutlass.min(cutlass.max(x, Int64(0)), Int64(T)))
+
+    # ------------------------------------------------------------------ tokens of no sequence
+
+    @cute.jit
+    def cut(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32) -> Int32:
+        """cu_seqlens[n], moved into 0 .. T."""
+        x = Int32(0)
+        if (flags & CU_INT64) != 0:
+            x = self.clamp(ptx.ldg_i64(cu_seqlens + Int64(n) * 8), T)
+        else:
+            x = self.clamp(Int64(ptx.ldg_i32(cu_seqlens + Int64(n) * 4)), T)
+        return x
+
+    @cute.jit
+    def clear_rest(self, target, cu_seqlens: Int64, N: Int32, T: Int32, flags: Int32, me: Int32, of: Int32):
+        """A warp's share, `me` of `of`, of the tokens that no sequence has: see `clear`.
+
+        They lie before the first cut or behind the last one. If cuts decrease any may be one, which is looked up.
+        """
+        lane, last = cute.arch.lane_idx(), self.cut(N, cu_seqlens, flags, T)
+        first, ordered = self.cut(Int32(0), cu_seqlens, flags, T), Int32(1)
+        for n in cutlass.range(lane, N, 32, unroll=1):
+            if self.cut(n, cu_seqlens, flags, T) > self.cut(n + 1, cu_seqlens, flags, T):
+                ordered = Int32(0)
+        ordered = ptx.least(ordered)
+        for t in cutlass.range(me, T, of, unroll=1):
+            if (t < first) | (t >= last) | (ordered == 0):
+                if self.covered(t, cu_seqlens, N, T, flags) == 0:
+                    self.clear(target, t)
+
+    @cute.jit
+    def covered(self, t: Int32, cu_seqlens: Int64, N: Int32, T: Int32, flags: Int32) -> Int32:
+        """How many sequences have a token; a warp looks."""
+        count = Int32(0)
+        for n in cutlass.range(cute.arch.lane_idx(), N, 32, unroll=1):
+            begin, end = self.cut(n, cu_seqlens, flags, T), self.cut(n + 1, cu_seqlens, flags, T)
+            count += Int32((begin <= t) & (t < end))
+        return ptx.sum(count)
+
+    @cute.jit
+    def clear(self, target, t: Int32):
+        """o of a token becomes zero, in all heads: 16 bytes a lane."""
+        mO, H = target
+        lanes, lane = self.config.V // 8, cute.arch.lane_idx()
+        for h in cutlass.range(lane // lanes, H, 32 // lanes, unroll=1):
+            row = mO[t, None, h, 0]
+            ptx.stg_u32x4((row.iterator + lane % lanes * 8).toint(), (Uint32(0),) * 4)
 
     @cute.jit
     def wait(self, barrier, phase: Int32, lane: Int32):
@@ -801,32 +853,42 @@ class KdaFwdSm90:
     @cute.jit
     def gate_parameters(self, A_log: Int64, dt_bias: Int64, h: Int32, half: Int32, bias_at: Int32, lane: Int32):
         """slope; and bias of the warp's channels, left in shared memory: see `factor`."""
-        slope = self.slope(A_log, h)
+        slope, shift = self.slope(A_log, h)
         if const_expr(self.config.gate != "log"):
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2):
                 x = Float32(0.0)
                 if (dt_bias != 0) & (half < self.k_boxes):
                     x = self.global_f32(dt_bias, Int64(h * self.config.K + 64 * half + 32 * i + lane))
-                ptx.sts_f32(bias_at + (32 * i + lane) * 4, self.bias(slope, x))
+                ptx.sts_f32(bias_at + (32 * i + lane) * 4, self.bias(slope, shift, x))
             cute.arch.sync_warp()
         return slope
 
-    def bias(self, slope: Float32, dt_bias: Float32) -> Float32:
-        return ptx.fma(slope, dt_bias, Float32(-SIGMOID_BITS)) if self.config.gate == "safe" else dt_bias * LOG2_E
+    def bias(self, slope: Float32, shift: Float32, dt_bias: Float32) -> Float32:
+        """Finite unless dt_bias is NaN: -inf in g must stay no decay (see clear_gate)."""
+        x = ptx.fma(slope if self.config.gate == "safe" else Float32(LOG2_E), dt_bias, shift)
+        return -ptx.minimum(-ptx.minimum(x, Float32(1e38)), Float32(1e38))
 
     @cute.jit
     def slope(self, A_log: Int64, h: Int32):
-        slope = Float32(-LOG2_E * G_SCALE)
+        """(slope, shift) for `factor`, of a head."""
+        a = Float32(0.0)
         if const_expr(self.config.gate != "log"):
-            slope = Float32(1.0)
             if A_log != 0:
-                slope = cute.math.exp(self.global_f32(A_log, Int64(h)), fastmath=True)
-            if const_expr(self.config.gate == "safe"):
-                slope = cutlass.min(-LOG2_E * slope, Float32(-1e-37))  # -inf is no decay even so (see clear_gate)
-            else:
-                slope = cutlass.min(G_SCALE * slope, Float32(1e37))
-        return slope
+                a = self.global_f32(A_log, Int64(h))
+        return self.slope_of(a)
+
+    def slope_of(self, A_log: Float32):
+        """Finite for every A_log but NaN. Beyond A_MOST sigmoid is a step anyway. Of softplus no less than 24 log2 of
+        decay is lost there unless it is 2^x to the last bit: then exp(A_log) 2^x is exp(A_MOST) 2^(x + shift)."""
+        a_most = A_MOST[self.config.gate]
+        if self.config.gate == "log":
+            return Float32(-LOG2_E * G_SCALE), Float32(0.0)
+        e = ptx.ex2(ptx.minimum(A_log, Float32(a_most)) * LOG2_E)
+        if self.config.gate == "safe":
+            return ptx.minimum(-LOG2_E * e, Float32(-1e-37)), Float32(-SIGMOID_BITS)  # not 0, for g of -inf
+        over = ptx.minimum(ptx.maximum(A_log - a_most, Float32(0.0)), Float32(1e30))
+        return G_SCALE * e, over * LOG2_E
 
     @cute.jit
     def gate(

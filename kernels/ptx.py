@@ -195,6 +195,11 @@ def ldg_i32(at: Int64, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def ldg_i64(at: Int64, *, loc=None, ip=None) -> Int64:
+    return _asm("ld.global.b64 $0, [$1];", [Int64], [at], "=l,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
 def stg_i32(at: Int64, x: Int32, *, loc=None, ip=None) -> None:
     _asm("st.global.b32 [$0], $1;", [], [at, x], "l,r,~{memory}", True, loc, ip)
 
@@ -393,6 +398,12 @@ def shuffle(x: Int64, lane: Int32, *, loc=None, ip=None) -> Int64:
 @dsl_user_op
 def pair(lo: Int32, hi: Int32, *, loc=None, ip=None) -> Int64:
     return _asm("mov.b64 $0, {$1, $2};", [Int64], [lo, hi], "=l,r,r", False, loc, ip)
+
+
+@dsl_user_op
+def least(x: Int32, *, loc=None, ip=None) -> Int32:
+    """Of a warp."""
+    return _asm("redux.sync.min.s32 $0, $1, 0xffffffff;", [Int32], [x], "=r,r", True, loc, ip)
 
 
 @dsl_user_op
