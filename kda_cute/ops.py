@@ -210,9 +210,12 @@ def run(
         final_state = torch.empty(state_shape, dtype=torch.float32, device=q.device)
     o = torch.empty((B, T, HV, V), dtype=q.dtype, device=q.device) if out is None else out
     if T == 0 or N == 0:
-        if final_state is not None and state_indices is None:
+        o.zero_()
+        if state_indices is None and final_state is not None:
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
-        return o, final_state
+        if N == 0 or state_indices is None or in_place:
+            return o, final_state
+        recurrent, kept = True, None  # that kernel takes no tokens too, and carries states from pool to pool
 
     launch = _sm90().prepare(
         q, v, g, beta, initial_state, final_state, cu_seqlens, state_indices, kept, recurrent, scale=scale,

@@ -21,7 +21,7 @@ from cutlass.memory import SmemAllocator
 
 from . import ptx
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
-from .fwd_sm90 import EPS, G_SCALE, LOG2_1P, LOG2_E, KdaFwdSm90, fake_tensors
+from .fwd_sm90 import EPS, G_SCALE, LOG2_1P, LOG2_E, USUAL, KdaFwdSm90, fake_tensors
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
@@ -129,8 +129,10 @@ class KdaDecodeSm90(KdaFwdSm90):
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
                 self.put(raw, tables, left, slope, ptx.as_f32(bias), lower_bound, thread)
-                self.put_numbers(raw, tables[4], left, scale, beta_t, flags, warp, lane)
-                cute.arch.sync_threads()
+                numbers = raw, tables, left, scale, beta_t, flags, warp, lane
+                if ptx.any_of(self.put_numbers(*numbers, False) != 0):
+                    self.put_numbers(*numbers, True)
+                    cute.arch.sync_threads()
                 if left < tokens - t:
                     left = cutlass.min(tokens - t - TOKENS, TOKENS)
                     self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
@@ -212,22 +214,55 @@ class KdaDecodeSm90(KdaFwdSm90):
 
     @cute.jit
     def put_numbers(
-        self, raw, to: Int32, left: Int32, scale: Float32, beta: Float32, flags: Int32, warp: Int32, lane: Int32
+        self, raw, tables, left: Int32, scale: Float32, beta: Float32, flags: Int32, warp: Int32, lane: Int32,
+        large: cutlass.Constexpr,
     ):  # fmt: skip
-        """Every fourth token: lanes 0 to 3 of a warp store what q and k are multiplied with, q k and beta."""
+        """Every fourth token: lanes 0 to 3 of a warp store what q and k are multiplied with, q k and beta. Returns
+        whether squares may have overflowed. `large` makes q and k smaller by a power of two first, in their tables."""
+        unusual = Int32(0)
         for j in cutlass.range(warp, left, 4, unroll=1):
+            channels = range(self.config.K // 32)
+            q, k = ([x[j, i * 32 + lane].to(Float32) for i in channels] for x in raw[:2])
+            down = [Float32(1.0)] * 2
+            if const_expr(large):
+                down = [self.power_below(x) for x in (q, k)]
+                q, k = ([y * times for y in x] for x, times in ((q, down[0]), (k, down[1])))
+                for i in cutlass.range_constexpr(len(q)):
+                    at = (j * self.config.K + i * 32 + lane) * 4
+                    ptx.sts_f32(tables[0] + at, q[i])
+                    ptx.sts_f32(tables[1] + at, k[i])
             sums = [Float32(0.0)] * 4
-            for i in cutlass.range_constexpr(self.config.K // 32):
-                q, k = (x[j, i * 32 + lane].to(Float32) for x in raw[:2])
-                sums = [ptx.fma(q, q, sums[0]), ptx.fma(k, k, sums[1]), ptx.fma(q, k, sums[2]), sums[3]]
+            for i in cutlass.range_constexpr(len(q)):
+                sums = [
+                    ptx.fma(q[i], q[i], sums[0]),
+                    ptx.fma(k[i], k[i], sums[1]),
+                    ptx.fma(q[i], k[i], sums[2]),
+                    sums[3],
+                ]
             (x,) = self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))
             norm = Float32(1.0)
+            if const_expr(large):
+                norm = cutlass.select_(lane == 0, down[0], down[1])
             if (flags & L2NORM) != 0:
-                norm = ptx.rsqrt(x + EPS)
+                norm = ptx.rsqrt(ptx.fma(norm * norm, Float32(EPS), x))
+            else:
+                norm = 1.0 / norm
+            unusual = unusual | Int32((lane < 2) & (not (x < USUAL)))
             b = cute.arch.shuffle_sync(beta, j // 4)
             if lane < 4:
                 x = cutlass.select_(lane < 2, norm * cutlass.select_(lane == 0, scale, Float32(1.0)), x)
-                ptx.sts_f32(to + j * NUMBERS + lane * 4, cutlass.select_(lane == 3, b, x))
+                ptx.sts_f32(tables[4] + j * NUMBERS + lane * 4, cutlass.select_(lane == 3, b, x))
+        return unusual
+
+    @cute.jit
+    def power_below(self, x):
+        """1, or 2^-80 if any of a token's numbers is beyond 2^50."""
+        largest = Float32(0.0)
+        for i in cutlass.range_constexpr(len(x)):
+            largest = ptx.maximum(largest, ptx.absolute(x[i]))
+        for i in cutlass.range_constexpr(5):
+            largest = ptx.maximum(largest, cute.arch.shuffle_sync_bfly(largest, 1 << i))
+        return cutlass.select_(largest > 2.0**50, Float32(2.0**-80), Float32(1.0))
 
     # ------------------------------------------------------------------ a token
 

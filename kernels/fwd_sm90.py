@@ -30,6 +30,8 @@ scale / |q_i| multiplies o_i.
 
 from __future__ import annotations
 
+import math
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -106,6 +108,9 @@ QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 b
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
 SIGMOID_SCALE = float(1 << SIGMOID_BITS)
+# Squares of q and k above which a chunk goes token by token, since its products might overflow; and beta.
+USUAL = 2.0**60
+SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
 G_SCALE = 2048.0
 G_MOST = 24 * G_SCALE
 A_MOST = {"safe": 44.0, "softplus": 20.0, "log": 0.0}  # of A_log: see `slope_of`
@@ -202,9 +207,9 @@ class KdaFwdSm90:
             grid = cutlass.min(items, workers) * self.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints, first_checkpoints,
-            every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags, mma(2 * C, OperandMajorMode.K),
-            mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints,
+            first_checkpoints, every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags,
+            mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,
@@ -215,12 +220,12 @@ class KdaFwdSm90:
     @cute.kernel
     def kernel(
         self,
-        q_tma: cute.CopyAtom, mQ: cute.Tensor,
-        k_tma: cute.CopyAtom, mK: cute.Tensor,
-        v_tma: cute.CopyAtom, mV: cute.Tensor,
-        g_tma: cute.CopyAtom, mG: cute.Tensor,
+        q_tma: cute.CopyAtom, tQ: cute.Tensor,
+        k_tma: cute.CopyAtom, tK: cute.Tensor,
+        v_tma: cute.CopyAtom, tV: cute.Tensor,
+        g_tma: cute.CopyAtom, tG: cute.Tensor,
         o_tma: cute.CopyAtom, tO: cute.Tensor,
-        mO: cute.Tensor,
+        mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mG: cute.Tensor, mO: cute.Tensor,
         beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, state_indices: Int64,
         P: Int32, checkpoints: Int64, first_checkpoints: Int64, every: Int32, cu_seqlens: Int64, workspace: Int64,
         items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
@@ -294,14 +299,12 @@ class KdaFwdSm90:
                 cute.arch.setmaxregister_decrease(self.regs_load)
             if warp == 0:
                 self.load(
-                    q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
+                    q_tma, tQ, k_tma, tK, v_tma, tV, g_tma, tG, ring, raw_full, empty,
                     work, settled, items, H, T, state_indices, P, first_checkpoints, cu_seqlens, workspace,
                     most_workers, flags,
                 )  # fmt: skip
                 if cu_seqlens != 0:
-                    self.clear_rest(
-                        (mO, H), cu_seqlens, items // H, T, flags, cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-                    )
+                    self.clear_rest((mO, H), cu_seqlens, items // H, T, flags, *ptx.block())
             elif warp == 1:
                 self.invert(
                     ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
@@ -315,7 +318,7 @@ class KdaFwdSm90:
                 elif warp == 2:
                     self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
                 else:
-                    self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
+                    self.fetch(v_tma, tV, ring, raw_full, gated, empty, work)
         elif warp < 4 + 4 * self.prepare_wgs:
             if const_expr(self.sets_registers):
                 cute.arch.setmaxregister_increase(self.regs_prepare)
@@ -331,6 +334,7 @@ class KdaFwdSm90:
                 (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
                 mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, checkpoints, every, H, workspace,
                 most_workers, flags, work, settled,
+                (mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound),
             )  # fmt: skip
         if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
@@ -1345,11 +1349,14 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_wait(raw_full + stage, own // self.own_stages & 1)
                 cute.arch.mbarrier_wait(a_full + slot, own // SYSTEMS & 1)
                 squares = system + SQUARES + lane * 4
-                rk = self.inverse_norm(ptx.lds_f32(squares), flags)
+                k2 = ptx.lds_f32(squares)
+                rk, q2 = self.inverse_norm(k2, flags), Float32(0.0)
                 if const_expr(self.queries):
-                    rq = self.inverse_norm(ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4), flags)
-                    ptx.sts_f32(norm_at + (C + lane) * 4, rq * scale)
+                    q2 = ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4)
+                    ptx.sts_f32(norm_at + (C + lane) * 4, self.inverse_norm(q2, flags) * scale)
                 b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
+                if not ((k2 < USUAL) & (q2 < USUAL) & (ptx.absolute(b_i) < USUAL)):
+                    rk = Float32(math.nan)  # for `state`: see `token_by_token`
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(squares, -rk * b_i)
                 if const_expr(self.config.neg_eigval):
@@ -1459,9 +1466,12 @@ class KdaFwdSm90:
         self, wg: Int32, ring, out, sTables: Int32, raw_full, gated, ready, solved, empty, left,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
         o_tma, tO, mO, initial_state: Int64, final_state: Int64, checkpoints: Int64, every: Int32, H: Int32,
-        workspace: Int64, most_workers: Int32, flags: Int32, work, settled,
+        workspace: Int64, most_workers: Int32, flags: Int32, work, settled, inputs,
     ):  # fmt: skip
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
+
+        In a product 0 times NaN is NaN: a token that is not finite would spoil those before it. A chunk with one goes
+        token by token, and one with numbers whose squares might overflow.
 
         A segment does not wait for the state before it. It warms up on the chunks before its own, from a zero state,
         and goes on with what comes out if these chunks' decays say that the true state is forgotten by then; else it
@@ -1552,48 +1562,55 @@ class KdaFwdSm90:
                 if (fate & WARM_UP) != 0:
                     forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
-                warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-                # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
-                r = cute.make_rmem_tensor((C // 2,), Float32)
-                for n8 in cutlass.range_constexpr(C // 8):
-                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
-                    for half in cutlass.range_constexpr(2):
-                        w, e = self.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
-                        r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
-                        r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
-                if const_expr(self.config.neg_eigval):
-                    self.scale_columns(r, norm_at + 2 * C * 4)
-                # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
-                for e in cutlass.range_constexpr(C // 2):
-                    acc_o[e] = acc_ro[C // 2 + e]
-                self.to_operand(r, fU)
-                # U = T R
-                warpgroup.fence()
-                self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
-                warpgroup.commit_group()
-                self.scale_columns(acc_s, decay_at)
+                mark = ptx.lds_f32(sTables + stage * TABLES + NORM + lane * 4)
+                finite = ptx.finite_bf16x2 if const_expr(self.config.dtype == "bf16") else ptx.finite_f16x2
+                usual = ptx.all_of(finite(v) & (mark == mark), STATE_BAR + wg)
                 warpgroup.wait_group(0)
-                if const_expr(self.config.neg_eigval):
-                    self.scale_columns(acc_u, norm_at)
-                self.to_operand(acc_u, fU)
-                # O += M U, then S += U^T Kr behind it
-                warpgroup.fence()
-                self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
-                warpgroup.commit_group()
-                self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
-                warpgroup.commit_group()
-                warpgroup.wait_group(1)
-                o, pack = [], ptx.pack_bf16 if self.dtype is BFloat16 else ptx.pack_f16
-                for n8 in cutlass.range_constexpr(C // 8):
-                    rq = ptx.lds_f32x2(norm_at + (C + n8 * 8) * 4)
-                    for half in cutlass.range_constexpr(2):
-                        o.append(pack(acc_o[4 * n8 + 2 * half] * rq[0], acc_o[4 * n8 + 2 * half + 1] * rq[1]))
-                o_at = o_row + buf * BOX + t_row + t_col
-                ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
-                ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
-                warpgroup.wait_group(0)
+                o_at = o_row + buf * BOX
+                if usual:
+                    # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
+                    r = cute.make_rmem_tensor((C // 2,), Float32)
+                    for n8 in cutlass.range_constexpr(C // 8):
+                        rk = ptx.lds_f32x2(norm_at + n8 * 32)
+                        for half in cutlass.range_constexpr(2):
+                            w, e = self.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
+                            r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
+                            r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
+                    if const_expr(self.config.neg_eigval):
+                        self.scale_columns(r, norm_at + 2 * C * 4)
+                    # registers of their own: ptxas serializes every WGMMA if accumulators of two shapes overlap (C7511)
+                    for e in cutlass.range_constexpr(C // 2):
+                        acc_o[e] = acc_ro[C // 2 + e]
+                    self.to_operand(r, fU)
+                    # U = T R
+                    warpgroup.fence()
+                    self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
+                    warpgroup.commit_group()
+                    self.scale_columns(acc_s, decay_at)
+                    warpgroup.wait_group(0)
+                    if const_expr(self.config.neg_eigval):
+                        self.scale_columns(acc_u, norm_at)
+                    self.to_operand(acc_u, fU)
+                    # O += M U, then S += U^T Kr behind it
+                    warpgroup.fence()
+                    self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
+                    warpgroup.commit_group()
+                    self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(1)
+                    o, pack = [], ptx.pack_bf16 if self.dtype is BFloat16 else ptx.pack_f16
+                    for n8 in cutlass.range_constexpr(C // 8):
+                        rq = ptx.lds_f32x2(norm_at + (C + n8 * 8) * 4)
+                        for half in cutlass.range_constexpr(2):
+                            o.append(pack(acc_o[4 * n8 + 2 * half] * rq[0], acc_o[4 * n8 + 2 * half + 1] * rq[1]))
+                    ptx.stmatrix_x4(o_at + t_row + t_col, tuple(o[:4]), trans=True)
+                    ptx.stmatrix_x4(o_at + t_row + t_col + 2048, tuple(o[4:]), trans=True)
+                    warpgroup.wait_group(0)
+                else:
+                    scratch = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX
+                    self.token_by_token(acc_s, inputs, start + c * C, tokens - c * C, h, b, wg, scratch, o_at, flags)
                 cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
                 if const_expr(self.blocks == 2):
                     cute.arch.sync_warp()
@@ -1623,6 +1640,77 @@ class KdaFwdSm90:
             if ((fate & FINAL) != 0) & (nh >= 0):
                 self.store_state(acc_s, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def token_by_token(
+        self, acc: cute.Tensor, inputs, start: Int32, tokens: Int32, h: Int32, b: Int32, wg: Int32, scratch: Int32,
+        o_at: Int32, flags: Int32,
+    ):  # fmt: skip
+        """A chunk by the definition, in fp32, from what is in global memory: hundreds of times slower.
+
+        A lane has two rows of S, every fourth pair of channels. What a token does to a channel is made by a thread for
+        all rows, in shared memory where v was. Where squares overflow, those of smaller numbers are taken.
+        """
+        mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound = inputs
+        K, h, b, thread = self.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
+        H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
+        h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32
+        row, col = (self.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
+        slope, shift = self.slope(A_log, h)
+        bias = Float32(0.0)
+        if (dt_bias != 0) & (thread < K):
+            bias = self.global_f32(dt_bias, Int64(h * K + thread))
+        bias = self.bias(slope, shift, bias)
+        for t in cutlass.range(cutlass.min(tokens, C), unroll=1):
+            k2, q2, k2_small, q2_small = (Float32(0.0) for _ in range(4))
+            for i in cutlass.range(lane, K, 32, unroll=1):
+                k, q = Float32(mK[start + t, i, h_qk, b]), Float32(mQ[start + t, i, h_qk, b])
+                k2, q2 = ptx.fma(k, k, k2), ptx.fma(q, q, q2)
+                k, q = k * SMALLER, q * SMALLER
+                k2_small, q2_small = ptx.fma(k, k, k2_small), ptx.fma(q, q, q2_small)
+            k_norm, q_norm = self.norm_of(k2, k2_small, flags), self.norm_of(q2, q2_small, flags)
+            if thread < K:
+                k, q = Float32(mK[start + t, thread, h_qk, b]), Float32(mQ[start + t, thread, h_qk, b])
+                a = self.factor(Float32(mG[start + t, thread, h, b]), slope, bias) * self.log2_of_factor(lower_bound)
+                ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
+                ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
+                ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
+            raw = self.load_beta(beta, (Int64(b) * T + start + t) * H + h, H, Int32(0), Int32(1), flags)
+            beta_t = self.beta(raw, True, flags)
+            v = [Float32(mV[start + t, row + 8 * r, h, b]) for r in range(2)]
+            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+            sums = [Float32(0.0)] * 5  # S k and S q of both rows, k q
+            for i in cutlass.range_constexpr(K // 8):
+                a, k, q = (ptx.lds_f32x2(scratch + (x * D + 8 * i + col) * 4) for x in range(3))
+                for j in cutlass.range_constexpr(4):
+                    acc[4 * i + j] = acc[4 * i + j] * a[j % 2]
+                    sums[j // 2] = ptx.fma(acc[4 * i + j], k[j % 2], sums[j // 2])
+                    sums[2 + j // 2] = ptx.fma(acc[4 * i + j], q[j % 2], sums[2 + j // 2])
+                sums[4] = ptx.fma(k[1], q[1], ptx.fma(k[0], q[0], sums[4]))
+            *sums, kq = [self.quad_sum(x) for x in sums]
+            u = [beta_t * (v[r] - sums[r]) for r in range(2)]
+            for i in cutlass.range_constexpr(K // 8):
+                k = ptx.lds_f32x2(scratch + (D + 8 * i + col) * 4)
+                for j in cutlass.range_constexpr(4):
+                    acc[4 * i + j] = ptx.fma(u[j // 2], k[j % 2], acc[4 * i + j])
+            for r in cutlass.range_constexpr(2):
+                o, column = ptx.fma(u[r], kq, sums[2 + r]), row % 64 + 8 * r
+                word = ptx.pack_bf16(o, o) if const_expr(self.config.dtype == "bf16") else ptx.pack_f16(o, o)
+                if lane % 4 == 0:
+                    ptx.sts_low(o_at + t * 128 + ((column // 8) ^ (t % 8)) * 16 + column % 8 * 2, word)
+            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+        cute.arch.fence_view_async_shared()  # the next v comes by TMA
+
+    @cute.jit
+    def norm_of(self, x2: Float32, x2_small: Float32, flags: Int32):
+        """Two factors of 1 / |x|, from a lane's part of |x|^2 and of |SMALLER x|^2; 1 and 1 if there is no norm."""
+        for i in cutlass.range_constexpr(5):
+            x2 = x2 + cute.arch.shuffle_sync_bfly(x2, 1 << i)
+            x2_small = x2_small + cute.arch.shuffle_sync_bfly(x2_small, 1 << i)
+        smaller, norm = Float32(1.0), self.inverse_norm(x2, flags)
+        if ((flags & L2NORM) != 0) & (not (x2 < 2.0**100)):
+            smaller, norm = Float32(SMALLER), ptx.rsqrt(x2_small)
+        return smaller, norm
 
     @cute.jit
     def stage_of(self, n: Int32):
