@@ -91,6 +91,7 @@ AT_END = AT_WARPS + 8 * LISTED // 32
 AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM, AT_SEGMENT, AT_GUESSED = (
     AT_END + 4 * i for i in range(1, 9)
 )
+AT_WARM_UP = AT_END + 36  # the first token of the warm-up
 AT_HASHES = AT_END + 48  # of the states that a piece ends and a segment begins with, of each of 8 warps
 AT_PIECES = AT_HASHES + 2 * 8 * 8
 PIECE = 48  # bytes: what find_piece returns; then, for checkpoints, chunks of the sequence before, number of its first
@@ -108,7 +109,7 @@ QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 b
 # fp16 holds gates as multiples of these
 SIGMOID_BITS = 15
 SIGMOID_SCALE = float(1 << SIGMOID_BITS)
-# Squares of q and k above which a chunk goes token by token, since its products might overflow; and beta.
+# Squares of q and k above which products might overflow, even with one of 2^-x up to 2^97 in it.
 USUAL = 2.0**60
 SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
 G_SCALE = 2048.0
@@ -1355,8 +1356,8 @@ class KdaFwdSm90:
                     q2 = ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4)
                     ptx.sts_f32(norm_at + (C + lane) * 4, self.inverse_norm(q2, flags) * scale)
                 b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
-                if not ((k2 < USUAL) & (q2 < USUAL) & (ptx.absolute(b_i) < USUAL)):
-                    rk = Float32(math.nan)  # for `state`: see `token_by_token`
+                if (k2 >= USUAL) | (q2 >= USUAL):  # products might overflow: `state` is to find out
+                    rk = Float32(math.nan)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(squares, -rk * b_i)
                 if const_expr(self.config.neg_eigval):
@@ -1470,8 +1471,9 @@ class KdaFwdSm90:
     ):  # fmt: skip
         """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
 
-        In a product 0 times NaN is NaN: a token that is not finite would spoil those before it. A chunk with one goes
-        token by token, and one with numbers whose squares might overflow.
+        In a product 0 times NaN is NaN, so a token that is not finite spoils those before it in its chunk. It leaves a
+        state that is not finite, and so do numbers whose squares might overflow, see `invert`: then the piece goes
+        token by token, once more.
 
         A segment does not wait for the state before it. It warms up on the chunks before its own, from a zero state,
         and goes on with what comes out if these chunks' decays say that the true state is forgotten by then; else it
@@ -1514,6 +1516,7 @@ class KdaFwdSm90:
         for nth in cutlass.range(self.count(work), unroll=1):
             numbers = self.piece(nth, work)
             start, tokens, h, b, nh, fate, next_nh, span = numbers[:8]
+            kept = (*numbers[8:], every, checkpoints)
             chunks = cute.ceil_div(tokens, C)
             place = workspace, most_workers, wg, thread
             guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN)
@@ -1562,55 +1565,48 @@ class KdaFwdSm90:
                 if (fate & WARM_UP) != 0:
                     forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
+                warpgroup.wait_group(0)
                 v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-                mark = ptx.lds_f32(sTables + stage * TABLES + NORM + lane * 4)
-                finite = ptx.finite_bf16x2 if const_expr(self.config.dtype == "bf16") else ptx.finite_f16x2
-                usual = ptx.all_of(finite(v) & (mark == mark), STATE_BAR + wg)
+                # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
+                r = cute.make_rmem_tensor((C // 2,), Float32)
+                for n8 in cutlass.range_constexpr(C // 8):
+                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
+                    for half in cutlass.range_constexpr(2):
+                        w, e = self.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
+                        r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
+                        r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
+                if const_expr(self.config.neg_eigval):
+                    self.scale_columns(r, norm_at + 2 * C * 4)
+                # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
+                for e in cutlass.range_constexpr(C // 2):
+                    acc_o[e] = acc_ro[C // 2 + e]
+                self.to_operand(r, fU)
+                # U = T R
+                warpgroup.fence()
+                self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
+                warpgroup.commit_group()
+                self.scale_columns(acc_s, decay_at)
                 warpgroup.wait_group(0)
-                o_at = o_row + buf * BOX
-                if usual:
-                    # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
-                    r = cute.make_rmem_tensor((C // 2,), Float32)
-                    for n8 in cutlass.range_constexpr(C // 8):
-                        rk = ptx.lds_f32x2(norm_at + n8 * 32)
-                        for half in cutlass.range_constexpr(2):
-                            w, e = self.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
-                            r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
-                            r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
-                    if const_expr(self.config.neg_eigval):
-                        self.scale_columns(r, norm_at + 2 * C * 4)
-                    # registers of their own: ptxas serializes every WGMMA if accumulators of two shapes overlap (C7511)
-                    for e in cutlass.range_constexpr(C // 2):
-                        acc_o[e] = acc_ro[C // 2 + e]
-                    self.to_operand(r, fU)
-                    # U = T R
-                    warpgroup.fence()
-                    self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
-                    warpgroup.commit_group()
-                    self.scale_columns(acc_s, decay_at)
-                    warpgroup.wait_group(0)
-                    if const_expr(self.config.neg_eigval):
-                        self.scale_columns(acc_u, norm_at)
-                    self.to_operand(acc_u, fU)
-                    # O += M U, then S += U^T Kr behind it
-                    warpgroup.fence()
-                    self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
-                    warpgroup.commit_group()
-                    self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(1)
-                    o, pack = [], ptx.pack_bf16 if self.dtype is BFloat16 else ptx.pack_f16
-                    for n8 in cutlass.range_constexpr(C // 8):
-                        rq = ptx.lds_f32x2(norm_at + (C + n8 * 8) * 4)
-                        for half in cutlass.range_constexpr(2):
-                            o.append(pack(acc_o[4 * n8 + 2 * half] * rq[0], acc_o[4 * n8 + 2 * half + 1] * rq[1]))
-                    ptx.stmatrix_x4(o_at + t_row + t_col, tuple(o[:4]), trans=True)
-                    ptx.stmatrix_x4(o_at + t_row + t_col + 2048, tuple(o[4:]), trans=True)
-                    warpgroup.wait_group(0)
-                else:
-                    scratch = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX
-                    self.token_by_token(acc_s, inputs, start + c * C, tokens - c * C, h, b, wg, scratch, o_at, flags)
+                if const_expr(self.config.neg_eigval):
+                    self.scale_columns(acc_u, norm_at)
+                self.to_operand(acc_u, fU)
+                # O += M U, then S += U^T Kr behind it
+                warpgroup.fence()
+                self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
+                warpgroup.commit_group()
+                self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
+                warpgroup.commit_group()
+                warpgroup.wait_group(1)
+                o, pack = [], ptx.pack_bf16 if self.dtype is BFloat16 else ptx.pack_f16
+                for n8 in cutlass.range_constexpr(C // 8):
+                    rq = ptx.lds_f32x2(norm_at + (C + n8 * 8) * 4)
+                    for half in cutlass.range_constexpr(2):
+                        o.append(pack(acc_o[4 * n8 + 2 * half] * rq[0], acc_o[4 * n8 + 2 * half + 1] * rq[1]))
+                o_at = o_row + buf * BOX + t_row + t_col
+                ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
+                ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
+                warpgroup.wait_group(0)
                 cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
                 if const_expr(self.blocks == 2):
                     cute.arch.sync_warp()
@@ -1628,6 +1624,24 @@ class KdaFwdSm90:
                     self.store_tail(o_row + buf * BOX, mO, start + c * C, written - c * C, h, b, vs, thread)
                 buf ^= 1
                 n += 1
+            if (fate & WARM_UP) != 0:
+                ptx.sts_i32(work[0] + AT_WARM_UP, start)
+            elif not ptx.all_of(self.is_finite(acc_s), STATE_BAR + wg):
+                if (fate & KEPT) == 0:
+                    if warp == 0:
+                        cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
+                    begin = start
+                    if source != 0:
+                        self.read_state(acc_s, place, source)
+                    elif (fate & SEGMENT) != 0:  # which has guessed
+                        begin = ptx.lds_i32(work[0] + AT_WARM_UP)
+                        self.load_state(acc_s, Int64(0), nh, vs, flags)
+                    else:
+                        whence = initial_state
+                        if nh < 0:
+                            whence = Int64(0)
+                        self.load_state(acc_s, whence, nh, vs, flags)
+                    self.token_by_token(acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept)
             if (fate & (COMPARED | AGAIN)) == COMPARED:
                 self.note(acc_s, work[0], 0, wg * 4 + warp, lane)
             if (fate & SEGMENT) != 0:
@@ -1641,15 +1655,22 @@ class KdaFwdSm90:
                 self.store_state(acc_s, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
+    def is_finite(self, acc: cute.Tensor) -> Boolean:
+        """Whether a lane's numbers are neither infinite nor NaN: 0 times them is 0."""
+        zeros = [Float32(0.0)] * 4
+        for i in range(64):
+            zeros[i % 4] = ptx.fma(acc[i], Float32(0.0), zeros[i % 4])
+        return (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]) == 0.0
+
     @cute.jit
     def token_by_token(
-        self, acc: cute.Tensor, inputs, start: Int32, tokens: Int32, h: Int32, b: Int32, wg: Int32, scratch: Int32,
-        o_at: Int32, flags: Int32,
+        self, acc: cute.Tensor, inputs, mO: cute.Tensor, begin: Int32, start: Int32, tokens: Int32, h: Int32, b: Int32,
+        wg: Int32, scratch: Int32, flags: Int32, kept,
     ):  # fmt: skip
-        """A chunk by the definition, in fp32, from what is in global memory: hundreds of times slower.
+        """A piece by the definition, in fp32, from what is in global memory: some twenty times slower. o from `start`.
 
         A lane has two rows of S, every fourth pair of channels. What a token does to a channel is made by a thread for
-        all rows, in shared memory where v was. Where squares overflow, those of smaller numbers are taken.
+        all rows, in shared memory. Where squares overflow, those of smaller numbers are taken.
         """
         mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound = inputs
         K, h, b, thread = self.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
@@ -1661,23 +1682,29 @@ class KdaFwdSm90:
         if (dt_bias != 0) & (thread < K):
             bias = self.global_f32(dt_bias, Int64(h * K + thread))
         bias = self.bias(slope, shift, bias)
-        for t in cutlass.range(cutlass.min(tokens, C), unroll=1):
+        for t in cutlass.range(begin, start + tokens, unroll=1):
+            if const_expr(self.config.checkpoints):
+                before, first, every, states = kept
+                c = before + (t - start) // C
+                if (t >= start) & ((t - start) % C == 0) & (c % every == 0):
+                    self.store_checkpoint(acc, states, (first + c // every) * H + h, self.rank() + wg, flags)
             k2, q2, k2_small, q2_small = (Float32(0.0) for _ in range(4))
             for i in cutlass.range(lane, K, 32, unroll=1):
-                k, q = Float32(mK[start + t, i, h_qk, b]), Float32(mQ[start + t, i, h_qk, b])
+                k, q = Float32(mK[t, i, h_qk, b]), Float32(mQ[t, i, h_qk, b])
                 k2, q2 = ptx.fma(k, k, k2), ptx.fma(q, q, q2)
                 k, q = k * SMALLER, q * SMALLER
                 k2_small, q2_small = ptx.fma(k, k, k2_small), ptx.fma(q, q, q2_small)
             k_norm, q_norm = self.norm_of(k2, k2_small, flags), self.norm_of(q2, q2_small, flags)
+            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
             if thread < K:
-                k, q = Float32(mK[start + t, thread, h_qk, b]), Float32(mQ[start + t, thread, h_qk, b])
-                a = self.factor(Float32(mG[start + t, thread, h, b]), slope, bias) * self.log2_of_factor(lower_bound)
+                k, q = Float32(mK[t, thread, h_qk, b]), Float32(mQ[t, thread, h_qk, b])
+                a = self.factor(Float32(mG[t, thread, h, b]), slope, bias) * self.log2_of_factor(lower_bound)
                 ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
                 ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
                 ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
-            raw = self.load_beta(beta, (Int64(b) * T + start + t) * H + h, H, Int32(0), Int32(1), flags)
+            raw = self.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
             beta_t = self.beta(raw, True, flags)
-            v = [Float32(mV[start + t, row + 8 * r, h, b]) for r in range(2)]
+            v = [Float32(mV[t, row + 8 * r, h, b]) for r in range(2)]
             cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
             sums = [Float32(0.0)] * 5  # S k and S q of both rows, k q
             for i in cutlass.range_constexpr(K // 8):
@@ -1693,13 +1720,9 @@ class KdaFwdSm90:
                 k = ptx.lds_f32x2(scratch + (D + 8 * i + col) * 4)
                 for j in cutlass.range_constexpr(4):
                     acc[4 * i + j] = ptx.fma(u[j // 2], k[j % 2], acc[4 * i + j])
-            for r in cutlass.range_constexpr(2):
-                o, column = ptx.fma(u[r], kq, sums[2 + r]), row % 64 + 8 * r
-                word = ptx.pack_bf16(o, o) if const_expr(self.config.dtype == "bf16") else ptx.pack_f16(o, o)
-                if lane % 4 == 0:
-                    ptx.sts_low(o_at + t * 128 + ((column // 8) ^ (t % 8)) * 16 + column % 8 * 2, word)
-            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-        cute.arch.fence_view_async_shared()  # the next v comes by TMA
+            if (lane % 4 == 0) & (t >= start):
+                for r in cutlass.range_constexpr(2):
+                    mO[t, row + 8 * r, h, b] = ptx.fma(u[r], kq, sums[2 + r]).to(self.dtype)
 
     @cute.jit
     def norm_of(self, x2: Float32, x2_small: Float32, flags: Int32):
@@ -1793,21 +1816,27 @@ class KdaFwdSm90:
     @cute.jit
     def take_state(self, acc: cute.Tensor, place, source: Int32):
         """From the worker before, once it is there; or what the maps give."""
-        workspace, most_workers, wg, thread = place
-        word, at = self.place_of(self.slice(wg) - 2, place)
-        if const_expr(self.blocks == 1):
-            if source == BUILT:
-                at = self.map_at(workspace, most_workers, self.worker()[0] - 1, wg) + Int64(thread * 16)
+        _, _, wg, thread = place
+        word, _ = self.place_of(self.slice(wg) - 2, place)
         if source != BUILT:
             while ptx.ldg_acquire(word) != HANDED:
                 pass
         cute.arch.sync_warp()
         cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
+        self.read_state(acc, place, source)
+        if (thread == 0) & (source != BUILT):
+            ptx.stg_relaxed(word, Int64(0))
+
+    @cute.jit
+    def read_state(self, acc: cute.Tensor, place, source: Int32):
+        workspace, most_workers, wg, thread = place
+        _, at = self.place_of(self.slice(wg) - 2, place)
+        if const_expr(self.blocks == 1):
+            if source == BUILT:
+                at = self.map_at(workspace, most_workers, self.worker()[0] - 1, wg) + Int64(thread * 16)
         for i in cutlass.range_constexpr(16):
             for j, x in enumerate(ptx.ldg_f32x4(at + i * 2048)):
                 acc[4 * i + j] = x
-        if (thread == 0) & (source != BUILT):
-            ptx.stg_relaxed(word, Int64(0))
 
     @cute.jit
     def settle(self, workspace: Int64, slice: Int32, mine: Int64, theirs: Int64):

@@ -148,26 +148,6 @@ def mul_bf16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
-def finite_bf16x2(words: Sequence, *, loc=None, ip=None) -> Boolean:
-    """Whether the numbers of bf16 pairs are neither infinite nor NaN."""
-    return _finite("bf16x2", words, loc, ip)
-
-
-@dsl_user_op
-def finite_f16x2(words: Sequence, *, loc=None, ip=None) -> Boolean:
-    return _finite("f16x2", words, loc, ip)
-
-
-def _finite(dtype: str, words: Sequence, loc, ip) -> Boolean:
-    """0 times each, summed up in two chains."""
-    n = len(words)
-    text = "{ .reg .b32 a, b, z; mov.b32 z, 0; mov.b32 a, 0; mov.b32 b, 0; "
-    text += "".join(f"fma.rn.{dtype} {'ab'[i % 2]}, ${i + 1}, z, {'ab'[i % 2]}; " for i in range(n))
-    text += "or.b32 a, a, b; and.b32 $0, a, 0x7fff7fff; }"
-    return _asm(text, [Uint32], words, "=r," + ",".join(["r"] * n), False, loc, ip) == 0
-
-
-@dsl_user_op
 def ex2(x: Float32, *, loc=None, ip=None) -> Float32:
     return _asm("ex2.approx.ftz.f32 $0, $1;", [Float32], [x], "=f,f", False, loc, ip)
 
@@ -504,13 +484,6 @@ def sts_u32x4(address: Int32, x: U4, *, loc=None, ip=None) -> None:
 def sts_16(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
     """x four times."""
     _asm("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", [], [address, x], "r,r,~{memory}", True, loc, ip)
-
-
-@dsl_user_op
-def sts_low(address: Int32, x: Uint32, *, loc=None, ip=None) -> None:
-    """The lower 16 bits of x."""
-    text = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; st.shared.b16 [$0], l; }"
-    _asm(text, [], [address, x], "r,r,~{memory}", True, loc, ip)
 
 
 @dsl_user_op

@@ -361,7 +361,12 @@ def test_segments_change_no_bit(inputs: str, lengths: tuple[int, ...], count: in
     for _ in range(10):
         with multiprocessors(count):
             o, S = run(call)
-        assert torch.equal(bits(o), bits(o_whole)) and torch.equal(bits(S), bits(S_whole))
+        if inputs == "poisoned":  # what comes out not finite is done again from its segment's begin, token by token
+            for x, whole in ((o, o_whole), (S, S_whole)):
+                finite = whole.isfinite()
+                assert torch.equal(x.isfinite(), finite) and relative_error(x[finite], whole[finite]) <= BOUND
+        else:
+            assert torch.equal(bits(o), bits(o_whole)) and torch.equal(bits(S), bits(S_whole))
 
 
 @BOTH
