@@ -105,12 +105,12 @@ def _private() -> bool:
 
 
 def open_folder(path: Path) -> Folder:
-    """The folder, if it can be trusted. FileNotFoundError if it is not there, NoCache if something else is."""
+    """The folder, if it can be trusted. NoCache if it is something else; OSError if it is not there or not readable."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
     except OSError as e:
+        if isinstance(e, PermissionError) or not os.path.lexists(path):
+            raise
         why = "is a symbolic link" if os.path.islink(path) else f"cannot be opened ({e.strerror})"
         raise NoCache(f"{path} {why}") from None
     if unsafe := _distrust(os.fstat(fd)):
@@ -136,7 +136,7 @@ def folders() -> Iterator[list[Folder]]:
             for path in dict.fromkeys((own, roots)):
                 try:
                     folder = open_folder(path)
-                except FileNotFoundError:
+                except OSError:  # what that means for writing is told when it comes to it
                     continue
                 except NoCache as e:
                     if path == own:

@@ -142,7 +142,9 @@ def _folder(path: Path) -> tuple[str, bool]:
     """What a folder of the cache holds, and whether it can be written."""
     try:
         folder = cache.open_folder(path)
-    except FileNotFoundError:
+    except OSError as e:
+        if os.path.lexists(path):
+            return f"{path}: cannot be opened ({e.strerror})", False
         there = next(parent for parent in path.parents if os.path.lexists(parent))
         if os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK):
             return f"{path}: not there yet", True
