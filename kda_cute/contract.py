@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
+
+from .environment import switch
 
 LOWER_BOUND_MIN = -5.0  # 16 tokens of -5 nats stay inside fp32's and bf16's exponent range, see kernels/
 HEAD_DIMS = (64, 128)  # K and V that the GPU kernel has
@@ -26,7 +27,7 @@ _INDEX = frozenset((torch.int32, torch.int64))
 
 
 # KDA_CUTE_CHECK=1: pay for a synchronisation a call and have values checked too. Read once: a look-up costs 0.7 us.
-CHECK_VALUES = os.environ.get("KDA_CUTE_CHECK", "0") not in ("", "0")
+CHECK_VALUES = switch("KDA_CUTE_CHECK", False)
 
 
 def check_call(

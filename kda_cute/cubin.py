@@ -12,6 +12,14 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from .kernels.config import KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig
+
+# Registers of a thread that may be spilled, for `kda-cute inspect` and the tests. ptxas spills a few that are needed
+# once a chunk or a work item, other ones in each version; decoding, which many small blocks hide the way to memory for,
+# may spill more.
+MAX_SPILLS = {KdaFwdConfig: 10, KdaBuildConfig: 10, KdaDecodeConfig: 32}
 
 EM_CUDA = 190
 # From sm_90 on the system keeps the first KiB of a block's shared memory. ptxas counts it in .nv.shared of kernels that
@@ -37,8 +45,12 @@ class Kernel:
 
     @property
     def spills(self) -> int:
-        """Instructions that touch local memory: spilled registers, or arrays indexed at run time."""
-        return self.count("STL") + self.count("LDL")
+        """Registers' worth of local memory that a thread has: spilled registers, or arrays indexed at run time."""
+        return -(-self.stack // 4)
+
+
+def max_spills(config: Any) -> int:
+    return MAX_SPILLS.get(type(config), 0)
 
 
 def extract(data: bytes) -> list[bytes]:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import cache, jit
 
@@ -122,17 +123,43 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _cache_row() -> Row:
-    needed = "a private directory that can be written"
-    root = cache.directory()
-    if root is None:
-        return Row("cache", "turned off (KDA_CUTE_CACHE=0)", needed, OPTIONAL)
-    if not cache.prepare(root):
-        return Row("cache", f"{root}: cannot be used", needed, OPTIONAL)
-    entries = list(root.glob(f"*{cache.SUFFIX}"))
-    size = sum(entry.stat().st_size for entry in entries) / 1e6
-    writable = os.access(root, os.W_OK)
-    found = f"{root}: {len(entries)} kernels, {size:.1f} MB" + ("" if writable else ", read-only")
+    """What would be used. Makes and changes nothing."""
+    needed = "a directory that can be written"
+    if not cache.enabled():
+        return Row("cache", f"turned off (KDA_CUTE_CACHE={os.environ['KDA_CUTE_CACHE']})", needed, OPTIONAL)
+    try:
+        jit.sources()
+        own, roots = cache.locate()
+    except cache.NoCache as e:
+        return Row("cache", f"not used: {e}", needed, OPTIONAL)
+    found, writable = _folder(own)
+    if own != roots and os.path.lexists(roots):
+        found += f"; root's {_folder(roots)[0]}"
     return Row("cache", found, needed, OK if writable else OPTIONAL)
+
+
+def _folder(path: Path) -> tuple[str, bool]:
+    """What a folder of the cache holds, and whether it can be written."""
+    try:
+        folder = cache.open_folder(path)
+    except OSError as e:
+        if os.path.lexists(path):
+            return f"{path}: cannot be opened ({e.strerror})", False
+        there = next(parent for parent in path.parents if os.path.lexists(parent))
+        if os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK):
+            return f"{path}: not there yet", True
+        return f"{path}: cannot be made in {there}", False
+    except cache.NoCache as e:
+        return f"{e}: not used", False
+    try:
+        kernels = [entry.stat().st_size for entry in os.scandir(folder.fd) if entry.name.endswith(cache.SUFFIX)]
+        writable = os.access(".", os.W_OK | os.X_OK, dir_fd=folder.fd)
+    except OSError as e:
+        return f"{path}: cannot be read ({e.strerror})", False
+    finally:
+        os.close(folder.fd)
+    found = f"{path}: {len(kernels)} kernels, {sum(kernels) / 1e6:.1f} MB"
+    return found + ("" if writable else ", read-only"), writable
 
 
 def _print(rows: list[Row]) -> None:

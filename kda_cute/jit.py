@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -39,7 +40,17 @@ logger = logging.getLogger("kda_cute")
 ARCH = "sm_90a"
 FORMAT = 1  # of header and payload; part of the key
 BAR_AFTER_S = 2.0
+RUNTIME = "libcute_dsl_runtime.so"
+ARCHS = (ARCH,)  # that the kernels compile for
 LINKERS = ("ld", "ld.lld", "cc", "gcc", "clang")
+# The DSL's switches that say what is printed, written or kept, not what the code is; the DSL declares them so itself
+# (`affects_compile=False`). All others are in the key, also those that are not known here.
+NOT_IN_KEY = re.compile(
+    "CUTE_DSL_(LOG_.*|PRINT_AFTER_PREPROCESSOR|PRINT_IR|SHOW_STACKTRACE|FILTER_STACKTRACE|WARNINGS_IGNORE"
+    "|ENABLE_OPTIMIZATION_WARNINGS|JIT_TIME_PROFILING|DEBUG_LEAVES|KEEP|KEEP_(IR|PTX|CUBIN|SASS)|DUMP_DIR|CACHE_DIR"
+    "|NO_CACHE|DISABLE_FILE_CACHING|JIT_CACHE_MAX_ELEMS"
+    "|ARCH)"  # asked for by the caller, and in the key as such
+)
 
 
 @dataclasses.dataclass
@@ -81,9 +92,11 @@ def warmup(configs: Iterable[Any] | None = None, arch: str = ARCH) -> None:
         from .kernels.config import all_configs
 
         configs = all_configs()
+    if arch not in ARCHS:
+        raise ValueError(f"arch is {arch!r}: must be {' or '.join(ARCHS)}")
     configs = list(configs)
-    if cache.directory() is None:
-        logger.warning("KDA_CUTE_CACHE=0: warmup compiles for this process only")
+    if not cache.enabled():
+        logger.warning("KDA_CUTE_CACHE turns the cache off: warmup compiles for this process only")
     for config in _bar(configs):
         load(config, arch)
 
@@ -95,22 +108,29 @@ def key(config: Any, arch: str = ARCH) -> str:
     """Digest of all that decides the machine code. The compile options are in the kernel sources, hence covered."""
     parts = {
         "format": FORMAT,
-        "sources": {str(p.relative_to(d)): _sha256(p) for d in _source_dirs() for p in sorted(d.rglob("*.py"))},
+        "sources": sources(),
         "dsl": _version("nvidia-cutlass-dsl"),
         "toolkit": dsl_runtime()[0],
         "tvm_ffi": _version("apache-tvm-ffi"),
         "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}",
         "host": platform.machine(),
         "arch": arch,
-        # The DSL's own switches (line info, assertions, ...) change the binary; the two left out do not.
-        "env": {
-            k: v
-            for k, v in os.environ.items()
-            if k.startswith("CUTE_DSL_") and k not in ("CUTE_DSL_ARCH", "CUTE_DSL_LIBS")
-        },
+        # The DSL's own switches: line info, assertions, ...
+        "env": {k: v for k, v in os.environ.items() if k.startswith("CUTE_DSL_") and not NOT_IN_KEY.fullmatch(k)},
         "config": [type(config).__qualname__, dataclasses.asdict(config)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sources() -> dict[str, str]:
+    """Digest of each source of the kernels. NoCache if they cannot be read: they could change unnoticed."""
+    try:
+        found = {str(p.relative_to(d)): _sha256(p) for d in _source_dirs() for p in sorted(d.rglob("*.py"))}
+    except OSError as e:
+        raise cache.NoCache(f"the kernels' sources cannot be read: {e}") from None
+    if not found:  # imported from a zip, or without sources
+        raise cache.NoCache(f"the kernels' sources are not files in {', '.join(map(str, _source_dirs()))}")
+    return found
 
 
 def _source_dirs() -> list[Path]:
@@ -135,21 +155,17 @@ def _version(distribution: str) -> str:
 def dsl_runtime() -> tuple[str, str]:
     """Toolkit flavour ("cu12", "cu13") and path of the DSL's runtime library: the newest one that the driver can run.
 
-    The DSL makes the same choice when it is imported, which is what this avoids.
+    The DSL makes the same choice when it is imported, which is what this avoids. CUTE_DSL_LIBS names another library,
+    not another compiler.
     """
-    if libs := os.environ.get("CUTE_DSL_LIBS"):
-        for path in libs.split(os.pathsep):
-            if path.endswith("libcute_dsl_runtime.so"):
-                return "env", path
+    named = [path for path in os.environ.get("CUTE_DSL_LIBS", "").split(os.pathsep) if path.endswith(RUNTIME)]
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    found = {
-        int(path.parent.parent.name[2:]): path
-        for root in roots
-        for path in root.glob("cu[0-9]*/lib/libcute_dsl_runtime.so")
-    }
+    found = {int(path.parent.parent.name[2:]): path for root in roots for path in root.glob(f"cu[0-9]*/lib/{RUNTIME}")}
     driver = driver_version()
     usable = [major for major in found if driver is None or major <= driver // 1000]
+    if named:
+        return f"cu{max(usable)}" if usable else "env", named[0]
     if not usable:
         have = ", ".join(f"cu{m}" for m in sorted(found)) or "none"
         raise RuntimeError(
@@ -181,8 +197,11 @@ def artifact(config: Any, arch: str = ARCH) -> tuple[dict, bytes]:
 
 def cached(config: Any, arch: str = ARCH) -> bool:
     """Whether a later process will find this configuration on disk."""
-    root = cache.directory()
-    return root is not None and cache.read(root, f"{config.name}-{arch}-{key(config, arch)[:32]}") is not None
+    name = entry_name(config, arch)
+    if name is None:
+        return False
+    with cache.folders() as folders:
+        return any(cache.read(folder, name) for folder in folders)
 
 
 def _load_or_compile(config: Any, arch: str) -> Callable[..., Any]:
@@ -192,36 +211,55 @@ def _load_or_compile(config: Any, arch: str) -> Callable[..., Any]:
     return fn
 
 
+def entry_name(config: Any, arch: str = ARCH) -> str | None:
+    """Name of the entry of a configuration. None where it cannot be kept, with a warning unless that is asked for."""
+    if cache.directory() is None:
+        return None
+    try:
+        return f"{config.name}-{arch}-{key(config, arch)[:32]}"
+    except cache.NoCache as e:
+        cache.not_used(e)
+        return None
+
+
 def _find_or_make(config: Any, arch: str, use: Callable[[dict, bytes], T]) -> T:
-    digest = key(config, arch)
-    symbol = f"kda_{digest[:32]}"  # holds the key: a library that is not the one asked for cannot be called
-    root = cache.directory()
-    if root is None or not cache.prepare(root):
-        return use(*_compile(config, arch, symbol))
-    family = f"{config.name}-{arch}-"
-    name = family + digest[:32]
+    name = entry_name(config, arch)
+    if name is None:
+        return use(*_make(config, arch, f"kda_{uuid.uuid4().hex}", None))
+    symbol = f"kda_{name[-32:]}"  # holds the key: a library that is not the one asked for cannot be called
 
-    def find() -> T | None:
-        entry = cache.read(root, name)
-        if entry is None:
-            return None
-        try:
-            if entry[0]["symbol"] != symbol:
-                raise ValueError(f"holds {entry[0]['symbol']}")
-            return use(*entry)
-        except Exception as e:  # whole and ours, but not loadable here: a library it was linked against has changed
-            cache.discard(root, name, f"cannot be loaded ({type(e).__name__}: {e})")
-            return None
+    def find(folders: list[cache.Folder]) -> T | None:
+        for folder in folders:
+            entry = cache.read(folder, name)
+            if entry is None:
+                continue
+            try:
+                if entry[0]["symbol"] != symbol:
+                    raise ValueError(f"holds {entry[0]['symbol']}")
+                return use(*entry)
+            except Exception as e:  # whole and ours, but not loadable here: a library it was linked against has changed
+                cache.ignore(folder, name, f"cannot be loaded ({type(e).__name__}: {e})")
+        return None
 
-    if (found := find()) is not None:
-        return found
-    with cache.lock(root, name):
-        if (found := find()) is not None:  # another process made it meanwhile
+    with cache.folders() as folders:
+        if (found := find(folders)) is not None:
             return found
-        header, payload = _compile(config, arch, symbol)
-        if cache.write(root, name, header, payload):
-            cache.prune(root, family)
+    with cache.own_folder() as own:
+        if own is None:
+            return use(*_make(config, arch, symbol, None))
+        with cache.lock(own, name):
+            if (found := find([own])) is not None:  # another process made it meanwhile
+                return found
+            header, payload = _make(config, arch, symbol, own)
+            if cache.write(own, name, header, payload):
+                cache.prune(own)
     return use(header, payload)
+
+
+def _make(config: Any, arch: str, symbol: str, folder: cache.Folder | None) -> tuple[dict, bytes]:
+    where = folder.path if folder else "memory"
+    logger.info("compiling %s for %s (once, then it is in %s)", config.name, arch, where)
+    return _compile(config, arch, symbol)
 
 
 def compile_kernel(config: Any, arch: str) -> Any:
@@ -235,7 +273,6 @@ def compile_kernel(config: Any, arch: str) -> Any:
 
 def _compile(config: Any, arch: str, symbol: str) -> tuple[dict, bytes]:
     """Header and payload: a shared library ("so"), or the DSL's object ("o") where there is no linker."""
-    logger.info("compiling %s for %s (once, then it is in %s)", config.name, arch, cache.directory() or "memory")
     start = time.perf_counter()
     with _ticker(config.name):
         with _compile_arch(arch):

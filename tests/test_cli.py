@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from kda_cute import cli, cubin, doctor, jit
-from kda_cute.kernels.config import all_configs
+from kda_cute import cache, cli, cubin, doctor, environment, jit
+from kda_cute.kernels.config import KdaFwdConfig, all_configs
 from tests import tiny_kernel
 from tests.tiny_kernel import TinyConfig
 
@@ -24,6 +26,7 @@ def clean(monkeypatch, tmp_path):
     monkeypatch.delenv("KDA_CUTE_CACHE", raising=False)
     monkeypatch.setattr(jit, "_loaded", {})
     monkeypatch.setattr(jit, "stats", jit.Stats())
+    monkeypatch.setattr(environment, "_warned", set())
 
 
 def test_module_runs():
@@ -31,6 +34,17 @@ def test_module_runs():
         [sys.executable, "-m", "kda_cute", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 0 and done.stdout.strip().count(".") == 2
+
+
+@pytest.mark.parametrize("command", ["warmup", "inspect"])
+def test_unknown_architecture(command, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main([command, "--arch", "nonsense"])
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert "--arch" in err and "'nonsense'" in err and "sm_90a" in err
+    with pytest.raises(ValueError, match="arch is 'nonsense': must be sm_90a"):
+        jit.warmup([], arch="nonsense")
 
 
 @pytest.mark.parametrize("argv", [[], ["no-such-command"], ["warmup", "no_such_config"], ["inspect", "no_such_config"]])
@@ -56,6 +70,15 @@ def test_doctor_without_a_gpu(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     verdicts = rows(capsys)
     assert verdicts["torch"] == "ok" and verdicts["GPU"] == "optional" and verdicts["cache"] == "ok"
+
+
+def test_doctor_without_a_home(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "find_gpus", lambda: [])
+    monkeypatch.setenv("KDA_CUTE_CACHE_DIR", "~nosuchuser/x")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "not used: KDA_CUTE_CACHE_DIR is ~nosuchuser/x: there is no such home directory" in out
+    assert out.split("\n\n")[0].splitlines()[-1].endswith("optional")
 
 
 @pytest.mark.parametrize("gpus, hopper", [([H200], True), ([B200], False), ([B200, H200], True)])
@@ -174,17 +197,36 @@ def test_warmup_fills_the_cache(tiny, capsys, monkeypatch):
     assert "2 kernels: 1 compiled, 1 already there" in capsys.readouterr().out
 
 
-def test_warmup_without_a_cache_fails(tiny, monkeypatch, capsys):
-    monkeypatch.setenv("KDA_CUTE_CACHE", "0")
+@pytest.mark.parametrize("value", ["0", "false"])
+def test_warmup_without_a_cache_fails(value, tiny, monkeypatch, capsys):
+    monkeypatch.setenv("KDA_CUTE_CACHE", value)
     assert cli.main(["warmup"]) == 1
     assert jit.stats.compiled == 0
 
 
-def test_warmup_into_a_bad_directory_fails(tiny, monkeypatch, capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("KDA_CUTE_CACHE_DIR", str(tmp_path / "file"))
+@pytest.mark.parametrize("place", ["file", "~nosuchuser/x"])
+def test_warmup_into_a_bad_directory_fails(place, tiny, monkeypatch, capsys, tmp_path):
+    """Before it compiles anything."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    monkeypatch.setenv("KDA_CUTE_CACHE_DIR", place)
+    assert cli.main(["warmup", "tiny0"]) == 1
+    assert "there is no cache to fill" in capsys.readouterr().err
+    assert jit.stats.compiled == 0
+
+
+def test_warmup_that_cannot_write_fails(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "write", lambda *args: False)
     assert cli.main(["warmup", "tiny0"]) == 1
     assert "not in the cache" in capsys.readouterr().err
+
+
+def test_warmup_without_sources_fails(tiny, monkeypatch, capsys, tmp_path):
+    """Imported from a zip."""
+    monkeypatch.setattr(jit, "_source_dirs", lambda: [tmp_path / "kda.zip" / "kernels"])
+    assert cli.main(["warmup", "tiny0"]) == 1
+    assert "there is no cache to fill" in capsys.readouterr().err
+    assert jit.stats.compiled == 0
 
 
 def test_default_of_warmup_is_every_configuration(monkeypatch):
@@ -197,12 +239,21 @@ def test_default_of_warmup_is_every_configuration(monkeypatch):
 def test_inspect(tiny, capsys):
     assert cli.main(["inspect", "tiny0", "--sass"]) == 0
     out = capsys.readouterr().out
-    assert "registers" in out and "spills         0" in out and "0 HGMMA" in out and "EXIT" in out
+    assert "registers" in out and "spills         0 registers" in out and "0 HGMMA" in out and "EXIT" in out
 
 
-def test_inspect_fails_on_spills(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(cubin.Kernel, "spills", 3)
-    assert cli.main(["inspect", "tiny0"]) == 1
+@pytest.mark.parametrize("stack, status", [(0, 0), (40, 0), (41, 1), (44, 1)])
+def test_inspect_allows_what_the_tests_allow(stack, status, tiny, capsys, monkeypatch):
+    """Local memory of up to 10 registers, however often it is accessed."""
+    real = cubin.kernels
+
+    def spilling(image):
+        return [dataclasses.replace(k, stack=stack, opcodes=k.opcodes + Counter(STL=7, LDL=6)) for k in real(image)]
+
+    monkeypatch.setattr(cubin, "kernels", spilling)
+    monkeypatch.setitem(cubin.MAX_SPILLS, TinyConfig, cubin.MAX_SPILLS[KdaFwdConfig])
+    assert cli.main(["inspect", "tiny0"]) == status
+    assert "of at most 10 (STL 7, LDL 6)" in capsys.readouterr().out
 
 
 def test_inspect_says_what_is_missing(tiny, capsys, monkeypatch):
