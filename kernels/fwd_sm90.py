@@ -30,8 +30,6 @@ scale / |q_i| multiplies o_i.
 
 from __future__ import annotations
 
-import math
-
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -1356,8 +1354,8 @@ class KdaFwdSm90:
                     q2 = ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4)
                     ptx.sts_f32(norm_at + (C + lane) * 4, self.inverse_norm(q2, flags) * scale)
                 b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
-                if (k2 >= USUAL) | (q2 >= USUAL):  # products might overflow: `state` is to find out
-                    rk = Float32(math.nan)
+                # NaN, for `state` to find, where products might overflow
+                b_i = ptx.fma((k2 + q2) * float(2.0**128 / USUAL), Float32(0.0), b_i)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(squares, -rk * b_i)
                 if const_expr(self.config.neg_eigval):
