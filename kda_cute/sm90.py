@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -31,7 +32,11 @@ from .kernels.config import (
     workspace_bytes,
 )
 
-RIGHT_MAX = 1024  # calls of a kind whose addresses are remembered
+# Addresses of calls that were right, after the number of their launch: as shapes and strides are the same, the same
+# addresses are right again. Some 500 bytes each.
+RIGHT_MAX = 8192
+_right: set[tuple[int, ...]] = set()
+_launches = itertools.count()
 
 _DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -118,7 +123,7 @@ def prepare(
             every = kept[2]
     pool = n if initial_state is None else initial_state.shape[0]
     bound = lower_bound or 0.0
-    right: set[tuple[int, ...]] = set()  # addresses of calls before: as shapes and strides are the same, right again
+    number = next(_launches)
 
     def launch(
         q: torch.Tensor,
@@ -153,10 +158,10 @@ def prepare(
             states, first = (kept.data_ptr(), 0) if recurrent else (kept[0].data_ptr(), kept[1].data_ptr())
         betas = beta.data_ptr()
         addresses = (
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), o.data_ptr(), betas, a_log, bias, initial, final,
-            cuts, indices, states,
+            number, q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), o.data_ptr(), betas, a_log, bias, initial,
+            final, cuts, indices, states,
         )  # fmt: skip
-        if addresses not in right:
+        if addresses not in _right:
             by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
             if (by_vector | a_log | bias | initial | final) % 16:
                 return False
@@ -166,9 +171,9 @@ def prepare(
                     "dt_bias": dt_bias, "cu_seqlens": cu_seqlens, "state_indices": state_indices, "out": o,
                     "final_state": final_state, "token_states": kept if recurrent else None,
                 })  # fmt: skip
-            if len(right) >= RIGHT_MAX:
-                right.clear()
-            right.add(addresses)
+            if len(_right) >= RIGHT_MAX:
+                _right.clear()
+            _right.add(addresses)
         if recurrent:
             kernel(
                 q, k, v, g, o, betas, a_log, bias, initial, final, indices, states, cuts, n, pool, scale, bound, flags

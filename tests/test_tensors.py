@@ -84,15 +84,13 @@ def test_classes_that_are_memory_stay_known(of: str, launches: list[Any], monkey
 
 def test_addresses_that_are_remembered_are_bounded(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(sm90, "RIGHT_MAX", 3)
+    monkeypatch.setattr(sm90, "_right", set())
     kwargs = full(FIXED)
     make_known(kwargs, launches)
-    (_, _, launch, _, _) = next(iter(ops._known.values()))  # type: ignore[misc]
-    (right,) = [x.cell_contents for x in launch.__closure__ if isinstance(x.cell_contents, set)]  # type: ignore
-    keep = []
-    for _ in range(10):
-        keep.append(zeros(B, T, H, D))
-        chunk_kda(**{**kwargs, "out": keep[-1]})
-        assert 1 <= len(right) <= 3
+    others = [zeros(B, T, H, D) for _ in range(10)]
+    for out in others:
+        chunk_kda(**{**kwargs, "out": out})
+        assert 1 <= len(sm90._right) <= 3
     assert len(launches) == 10
 
 
@@ -121,17 +119,14 @@ def test_gradient_of_what_is_inside(name: str, wrap: Callable[[torch.Tensor], to
     assert torch.equal(got.to_local() if hasattr(got, "to_local") else got, want)
 
 
-def test_transforms_of_the_reference() -> None:
+def test_transform_of_the_reference() -> None:
     call = make(Case(1, (T,), H=H)).kwargs
     v = torch.stack([call["v"], -call["v"]])
     got = torch.func.vmap(lambda v: chunk_kda(**{**call, "v": v})[0])(v)
     assert torch.equal(got[0], chunk_kda(**call)[0])
-    x = call["v"].clone().requires_grad_()
-    (want,) = torch.autograd.grad(chunk_kda(**{**call, "v": x})[0].float().sum(), x)
-    assert torch.equal(torch.func.grad(lambda v: chunk_kda(**{**call, "v": v})[0].float().sum())(call["v"]), want)
 
 
-def test_transforms_of_the_kernel(launches: list[Any]) -> None:  # noqa: F811
+def test_transform_of_the_kernel(launches: list[Any]) -> None:  # noqa: F811
     kwargs = {**full(FIXED), "out": None}
     make_known(kwargs, launches)
     with pytest.raises(TypeError, match="^v is a tensor inside a transform of torch.func"):
