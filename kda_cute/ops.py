@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import contract, library
+from . import contract, library, memory
 from .reference.transforms import sequence_bounds
 
 try:
@@ -21,6 +21,10 @@ except AttributeError:  # a torch that has them no more: every call is checked i
 _log = logging.getLogger("kda_cute")
 
 KNOWN_MAX = 256  # kinds of calls that are remembered
+
+# By names of one part: each further one is a look-up in every call.
+_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_increment_version = memory.increment_version
 
 
 def chunk_kda(
@@ -124,16 +128,19 @@ def run(
         use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
         state_indices, backend,
     ) = arguments  # fmt: skip
-    grad = torch.is_grad_enabled()
+    grad = _grad()
     in_place = final_state is initial_state  # torch's guards refuse a tensor that comes twice
     guarded = kept if recurrent else None
-    optional = (
-        initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, state_indices, out, guarded
+    tensors = (
+        q, k, v, g, beta, initial_state, None if in_place else final_state, cu_seqlens, A_log, dt_bias, state_indices,
+        out, guarded,
     )  # fmt: skip
     key: tuple | None
     try:
         key = (
-            q.shape, cu_seqlens is not None and cu_seqlens.shape, grad, scale, lower_bound, backend,
+            q.shape, cu_seqlens is not None and cu_seqlens.shape,
+            grad or -_inference(),  # torch's guards take one tensor for another, across the modes
+            scale, lower_bound, backend,
             not output_final_state, not use_qk_l2norm_in_kernel, not use_gate_in_kernel,
             not use_beta_sigmoid_in_kernel, not allow_neg_eigval, not safe_gate, not state_v_first, in_place,
             initial_state is None, final_state is None, A_log is None, dt_bias is None,
@@ -145,18 +152,31 @@ def run(
     if kept is not None and not recurrent:
         key = known = None
     if known is not None and not contract.CHECK_VALUES:
-        alike, present, launch, state_shape = known
-        if alike(*present((q, k, v, g, beta, *optional))):
-            o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+        alike, present, launch, state_shape, empty_like = known
+        if alike(*present(tensors)):
+            o = empty_like(v, memory_format=torch.contiguous_format) if out is None else out
             S = final_state
-            if S is None and output_final_state:
-                S = torch.empty(state_shape, dtype=torch.float32, device=q.device)
+            if S is not None:
+                _increment_version((S,) if out is None else (S, out))
+            else:
+                if out is not None:
+                    _increment_version((out,))
+                if output_final_state:
+                    S = torch.empty(state_shape, dtype=torch.float32, device=q.device)
+            if kept is not None:
+                _increment_version((kept,))
             if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens, state_indices, kept):
                 return o, S
 
     if state_indices is not None and final_state is None:
         raise ValueError("final_state is None: must be a pool of states with state_indices")
     call = dict(zip(library.ARGUMENTS, arguments, strict=True))
+    named = {**call, "out": out, "final_state": final_state, "token_states": guarded}
+    plain, ranges = memory.plain(named)
+    if plain is not None:
+        *arguments, out, final_state, token_states = plain.values()  # type: ignore[assignment]
+        with torch._C.DisableTorchFunctionSubclass():
+            return run(tuple(arguments), out, final_state, token_states if recurrent else kept, recurrent)
     call["q"], call["k"], call["v"] = q, k, v = library.autocast(q, k, v)
     B, T, _, HV, K, V, N = contract.check_named({**call, "out": out, "final_state": final_state})
     scale = contract.check_scale(scale, K)
@@ -177,6 +197,8 @@ def run(
         if not reference:
             o, state = library.chunk_kda(*call.values())
             return o, state if output_final_state else None
+
+    memory.check_written(named, ranges)
 
     checked = contract.CHECK_VALUES and (reference or not torch.cuda.is_current_stream_capturing())
     if reference or checked:
@@ -224,6 +246,7 @@ def run(
         use_beta_sigmoid_in_kernel=bool(use_beta_sigmoid_in_kernel), allow_neg_eigval=bool(allow_neg_eigval),
         state_v_first=bool(state_v_first),
     )  # fmt: skip
+    _increment_version([x for x in (out, named["final_state"], guarded) if x is not None])
     asked = (q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices)
     taken = (
         q if _tma_can_address(q, 8) else _copied("q", q),
@@ -243,7 +266,7 @@ def run(
         if state_indices is None or state_indices.is_contiguous()
         else _copied("state_indices", state_indices),
     )
-    if not launch(*taken, kept):
+    if not launch(*taken, kept, checked=True):
         raise AssertionError("the kernel refuses what was copied for it")
     o_taken, final_taken = taken[5], taken[7]
     if o_taken is not o:
@@ -251,7 +274,7 @@ def run(
     if final_state is not None and final_taken is not None and final_taken is not final_state:
         final_state.copy_(final_taken)
     if key is not None and all(map(operator.is_, asked, taken)):
-        _remember(key, (q, k, v, g, beta, *optional), launch, state_shape)
+        _remember(key, (q, k, v, *tensors[3:]), launch, state_shape)
     return o, final_state
 
 
@@ -266,6 +289,9 @@ def _with_checkpoints(
         interval, dtype = fla_kwargs.get("chunk_size", 64), torch.bfloat16
     if not isinstance(interval, int) or interval < 32 or interval % 32:
         raise ValueError(f"checkpoint_interval is {interval}: must be a multiple of 32 tokens")
+    named = {**call, "out": out, "final_state": final_state}
+    *arguments, out, final_state = (memory.plain(named)[0] or named).values()
+    call = dict(zip(library.ARGUMENTS, arguments, strict=True))
     B, T, _, HV, K, V, N = contract.check_named({**call, "out": out, "final_state": final_state})
     v, cu_seqlens = call["v"], call["cu_seqlens"]
     if v.dtype == torch.float64:
@@ -410,6 +436,11 @@ def chunk_kda_summary(
     Returns:
         M [N, HV, K, K] and C [N, HV, K, V], or [N, HV, V, K] with state_v_first; fp32 (fp64 for fp64 inputs).
     """
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        named: dict[str, Any] = dict(
+            k=k, v=v, g=g, beta=beta, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias, backend=backend
+        )  # fmt: skip
+        k, v, g, beta, cu_seqlens, A_log, dt_bias, _ = (memory.plain(named)[0] or named).values()
     arguments: dict[str, Any] = dict(
         output_final_state=True, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval, safe_gate=safe_gate,
@@ -474,9 +505,12 @@ def _takes_reference(q: torch.Tensor, backend: str | None) -> bool:
 
 # Calls that were right and needed no copy: all that decides about one except its tensors -> torch's guards (are tensors
 # the same in type, device, dtype, shape, strides and requires_grad?), what picks the tensors that are no None for them,
-# the launch, the shape of a state. None after one such call. For ten tensors the guards take 1 us; reading as much from
-# Python takes 4 us, comparing not counted.
-_known: dict[tuple, tuple[Callable[..., bool], operator.itemgetter, Callable[..., bool], tuple[int, ...]] | None] = {}
+# the launch, the shape of a state, what makes o. None after one such call. For ten tensors the guards take 1 us;
+# reading as much from Python takes 4 us, comparing not counted.
+_known: dict[
+    tuple,
+    tuple[Callable[..., bool], operator.itemgetter, Callable[..., bool], tuple[int, ...], Callable[..., Any]] | None,
+] = {}
 
 
 def _remember(
@@ -492,7 +526,7 @@ def _remember(
             guards = TensorGuards(*present(tensors), dynamic_dims_sizes=None, dynamic_dims_strides=None)
         except TypeError:  # a torch that makes them otherwise: every call is checked in full
             return
-        _known[key] = guards.check, present, launch, state_shape
+        _known[key] = guards.check, present, launch, state_shape, memory.empty_like_for(tensors[2])
 
 
 @functools.cache

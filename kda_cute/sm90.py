@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from . import jit
+from . import jit, memory
 from .kernels.config import (
     BETA_BF16,
     BETA_FP16,
@@ -30,6 +31,12 @@ from .kernels.config import (
     v_split,
     workspace_bytes,
 )
+
+# Addresses of calls that were right, after the number of their launch: as shapes and strides are the same, the same
+# addresses are right again. Some 500 bytes each.
+RIGHT_MAX = 8192
+_right: set[tuple[int, ...]] = set()
+_launches = itertools.count()
 
 _DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -85,7 +92,7 @@ def prepare(
 
     launch(q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices, kept) writes o,
     final_state and what is kept (see `ops.run`). It returns False and launches nothing if an address is not a multiple
-    of 16 bytes.
+    of 16 bytes, and raises an error if a tensor has no memory, or what it writes shares some with another tensor.
     """
     device, sms = q.get_device(), _sm_count(q.get_device())
     B, T, H, K = g.shape
@@ -124,6 +131,7 @@ def prepare(
             every = kept[2]
     pool = n if initial_state is None else initial_state.shape[0]
     bound = lower_bound or 0.0
+    number = next(_launches)
 
     def launch(
         q: torch.Tensor,
@@ -139,34 +147,56 @@ def prepare(
         cu_seqlens: torch.Tensor | None,
         state_indices: torch.Tensor | None,
         kept: Any,
+        checked: bool = False,
     ) -> bool:
         if torch._C._cuda_getDevice() != device:  # current_device would first see to it that CUDA is there, as q's is
             with torch.cuda.device(device):
                 return launch(
-                    q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices, kept
-                )
+                    q, k, v, g, beta, o, initial_state, final_state, A_log, dt_bias, cu_seqlens, state_indices, kept,
+                    checked=checked,
+                )  # fmt: skip
         initial = 0 if initial_state is None else initial_state.data_ptr()
         final = 0 if final_state is None else final_state.data_ptr()
         a_log = 0 if A_log is None else A_log.data_ptr()
         bias = 0 if dt_bias is None else dt_bias.data_ptr()
         cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
         indices = 0 if state_indices is None else state_indices.data_ptr()
-        by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
-        if (by_vector | initial | final | a_log | bias) % 16:
-            return False
-        common = (q, k, v, g, o, beta.data_ptr(), a_log, bias, initial, final, indices)
+        states = first = 0
+        if kept is not None:
+            states, first = (kept.data_ptr(), 0) if recurrent else (kept[0].data_ptr(), kept[1].data_ptr())
+        betas = beta.data_ptr()
+        addresses = (
+            number, q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), o.data_ptr(), betas, a_log, bias, initial,
+            final, cuts, indices, states,
+        )  # fmt: skip
+        if addresses not in _right:
+            by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
+            if (by_vector | a_log | bias | initial | final) % 16:
+                return False
+            if not checked:
+                memory.check_memory({
+                    "q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state, "A_log": A_log,
+                    "dt_bias": dt_bias, "cu_seqlens": cu_seqlens, "state_indices": state_indices, "out": o,
+                    "final_state": final_state, "token_states": kept if recurrent else None,
+                })  # fmt: skip
+            if len(_right) >= RIGHT_MAX:
+                _right.clear()
+            _right.add(addresses)
         if recurrent:
-            states = 0 if kept is None else kept.data_ptr()
-            kernel(*common, states, cuts, n, pool, scale, bound, flags)
+            kernel(
+                q, k, v, g, o, betas, a_log, bias, initial, final, indices, states, cuts, n, pool, scale, bound, flags
+            )  # fmt: skip
             return True
-        states, first = (0, 0) if kept is None else (kept[0].data_ptr(), kept[1].data_ptr())
-        workspace, kept_ones = _workspace(device, room) if room else (None, None)
+        workspace, workspaces = _workspace(device, room) if room else (None, None)
         handed = 0 if workspace is None else workspace.data_ptr()
         if build is not None:
-            build(k, v, g, *common[5:9], indices, cuts, handed, n, pool, bound, flags, sms)
-        kernel(*common, states, first, cuts, handed, n, pool, every, scale, bound, flags, sms)
-        if kept_ones is not None and workspace is not None:
-            kept_ones.append(workspace)
+            build(k, v, g, betas, a_log, bias, initial, indices, cuts, handed, n, pool, bound, flags, sms)
+        kernel(
+            q, k, v, g, o, betas, a_log, bias, initial, final, indices, states, first, cuts, handed, n, pool, every,
+            scale, bound, flags, sms,
+        )  # fmt: skip
+        if workspaces is not None and workspace is not None:
+            workspaces.append(workspace)
         return True
 
     return launch

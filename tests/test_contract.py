@@ -271,7 +271,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
     calls: list[Any] = []
 
     def prepare(*of: torch.Tensor | None, **options: Any) -> Any:
-        def launch(*given: torch.Tensor | None) -> bool:
+        def launch(*given: torch.Tensor | None, checked: bool = False) -> bool:
             names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens state_indices kept".split()
             x = dict(zip(names, given, strict=True))
             x.pop("kept")

@@ -247,7 +247,7 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     return flat.as_subclass(type(x))
 
 
-AT = dict(q=1, k=2, v=3, g=4, out=5, beta=6, A_log=7, dt_bias=8, initial_state=9, final_state=10, cu_seqlens=11)
+AT = dict(q=1, k=2, v=3, g=4, out=5, beta=6, A_log=7, dt_bias=8, initial_state=9, final_state=10, cu_seqlens=14)
 
 
 def address(launch: tuple[Any, ...], name: str) -> int:
