@@ -111,7 +111,8 @@ def test_maps_change_no_nan(inputs: str, lengths: tuple[int, ...], count: int) -
     call = call_of(inputs, lengths, count)
     with no_maps():
         o_whole, S_whole = run(call)
-    assert not S_whole.isfinite().all()
+    if inputs == "poisoned":
+        assert not S_whole.isfinite().all()
     with maps(), multiprocessors(count):
         o, S = run(call)
     assert torch.equal(o.isnan(), o_whole.isnan()) and torch.equal(S.isnan(), S_whole.isnan())
