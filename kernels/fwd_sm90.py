@@ -145,6 +145,8 @@ class KdaFwdSm90:
         # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
         self.pairs = min(2 * self.prepare_wgs, self.own_stages)
         self.gate_warps = 0 if config.v_split == 2 else 2  # else `prepare` does it
+        # Four times the same code where `prepare` has it is more than the instruction cache has room for.
+        self.gates_rolled = self.gate_warps == 0
         self.state_wgs = self.v_boxes
         self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
         self.sets_registers = self.threads == 512  # with fewer warps all have enough
@@ -905,31 +907,49 @@ class KdaFwdSm90:
             cute.arch.sync_warp()
         # register j of a tile: channels 8 (j % 2), tokens 8 (j // 2), as an operand A has them
         tile = sG + (lane % 8 + lane // 16 * 8) * 128 + ((lane // 8 % 2) ^ (lane % 8)) * 16
-        # Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
-        # operand B has ones in these columns.
+        bias_at += lane // 4 * 4
         sums = [(Float32(0.0),) * 4] * 2
-        # 16 bits: the next column is loaded before this one is stored. fp32 has no registers for it.
-        ahead = self.config.g_dtype != "fp32"
-        raw = list(self.raw_gates(sG, tile, 0, lane)) if ahead else None
-        for kk in cutlass.range_constexpr(4):
-            if const_expr(not ahead):
-                raw = self.raw_gates(sG, tile, kk, lane)
-            words = self.factors(raw, slope, bias_at + lane // 4 * 4, kk)
-            if const_expr(ahead and kk < 3):
-                raw = list(self.raw_gates(sG, tile, kk + 1, lane))
-            for s in cutlass.range_constexpr(2):
-                sums[s] = ptx.mma_f16(
-                    words[s], self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1), sums[s]
-                )
-            cute.arch.sync_warp()
-            for s in cutlass.range_constexpr(2):
-                ptx.stmatrix_x4((tile ^ (kk * 32)) + s * 2048, words[s], trans=True)
+        if const_expr(self.gates_rolled):
+            acc = cute.make_rmem_tensor((8,), Float32)
+            for i in cutlass.range_constexpr(8):
+                acc[i] = Float32(0.0)
+            for kk in cutlass.range(4, unroll=1):
+                words = self.factors(self.raw_gates(sG, tile, kk, lane), slope, bias_at, kk)
+                sums = self.add_column(words, kk, lane, [tuple(acc[4 * s + i] for i in range(4)) for s in range(2)])
+                for i in cutlass.range_constexpr(8):
+                    acc[i] = sums[i // 4][i % 4]
+                cute.arch.sync_warp()
+                self.store_column(words, kk, tile)
+            sums = [tuple(acc[4 * s + i] for i in range(4)) for s in range(2)]
+        else:
+            # 16 bits: the next column is loaded before this one is stored. fp32 has no registers for it.
+            ahead = self.config.g_dtype != "fp32"
+            raw = list(self.raw_gates(sG, tile, 0, lane)) if ahead else None
+            for kk in cutlass.range_constexpr(4):
+                if const_expr(not ahead):
+                    raw = self.raw_gates(sG, tile, kk, lane)
+                words = self.factors(raw, slope, bias_at, kk)
+                if const_expr(ahead and kk < 3):
+                    raw = list(self.raw_gates(sG, tile, kk + 1, lane))
+                sums = self.add_column(words, kk, lane, sums)
+                cute.arch.sync_warp()
+                self.store_column(words, kk, tile)
         lam = self.log2_of_factor(lower_bound)
         for i in cutlass.range_constexpr(2):
             channel = lane % 4 * 16 + 8 * i + lane // 4
             at = sStage + self.at_t + half * ANCHORS + channel // 2 * 16 + channel % 2 * 4
             mid, total = [sums[s][2 * i] for s in range(2)], [sums[s][2 * i + 1] for s in range(2)]
             self.anchors(mid, total, at, channel % 2 * 2, tables + DECAY + (64 * half + channel) * 4, lam)
+
+    def add_column(self, words, kk, lane: Int32, sums):
+        """Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
+        operand B has ones in these columns."""
+        first, whole = self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1)
+        return [ptx.mma_f16(words[s], first, whole, sums[s]) for s in range(2)]
+
+    def store_column(self, words, kk, tile: Int32) -> None:
+        for s in range(2):
+            ptx.stmatrix_x4((tile ^ (kk * 32)) + s * 2048, words[s], trans=True)
 
     @cute.jit
     def clear_gate(self, lane: Int32, valid: Int32, sG: Int32):

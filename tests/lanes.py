@@ -234,11 +234,14 @@ def on_the_cpu(module: Any, warp: Warp) -> Iterator[None]:
     def shuffle_from(x, lane):
         return np.broadcast_to(x, (32,))[lane]
 
+    def registers(shape, dtype):
+        return [np.zeros(32, dtype)] * shape[0]
+
     arch = SimpleNamespace(sync_warp=lambda: None, shuffle_sync_bfly=shuffle, shuffle_sync=shuffle_from)
-    cutlass = SimpleNamespace(range_constexpr=range, min=min, select_=np.where)
+    cutlass = SimpleNamespace(range_constexpr=range, range=lambda n, unroll: range(n), min=min, select_=np.where)
     with pytest.MonkeyPatch.context() as m, np.errstate(all="ignore"):
         m.setattr(module, "ptx", warp)
-        m.setattr(module, "cute", SimpleNamespace(arch=arch))
+        m.setattr(module, "cute", SimpleNamespace(arch=arch, make_rmem_tensor=registers))
         m.setattr(module, "cutlass", cutlass)
         m.setattr(module, "const_expr", bool)
         m.setattr(module, "Float32", f32)

@@ -61,9 +61,10 @@ def prepare(
     bias: Any,
     lower_bound: float,
     tokens: int = C,
+    v_split: Any = 1,
 ) -> dict[str, np.ndarray]:
     """What the two warps of a pair leave in shared memory."""
-    kernel = fwd_sm90.KdaFwdSm90(KdaFwdConfig(g_dtype, gate, dtype=dtype))  # type: ignore[arg-type]
+    kernel = fwd_sm90.KdaFwdSm90(KdaFwdConfig(g_dtype, gate, v_split, dtype=dtype))  # type: ignore[arg-type]
     kernel.ones_if = lambda condition: np.where(condition, 0x3C003C00, 0).astype(np.uint32)  # type: ignore[method-assign]
     warp = Warp()
     with on_the_cpu(fwd_sm90, warp):
@@ -88,14 +89,13 @@ def prepare(
         row, col = LANES // 4, LANES % 4 * 2
         lower = warp.lds_u32x4(LOWER + 16 * ((col <= row).astype(int) + (col < row)))
         tile, sums = kernel.tile_at(0, LANES), []
-        slope = {"safe": -fwd_sm90.LOG2_E * np.exp(A_log), "softplus": fwd_sm90.G_SCALE * np.exp(A_log),
-                 "log": -fwd_sm90.LOG2_E * fwd_sm90.G_SCALE}[gate]  # fmt: skip
+        slope, shift = kernel.slope_of(f32(A_log))
         for half in range(2):
-            biases = kernel.bias(f32(slope), bias[64 * half : 64 * half + 64].astype(f32))
+            biases = kernel.bias(slope, shift, bias[64 * half : 64 * half + 64].astype(f32))
             warp.memory[BIAS : BIAS + 256] = np.asarray(biases, f32).view(np.uint8)
             if tokens < C:
                 kernel.clear_tail(LANES, half, tokens, STAGE)
-            kernel.gate(f32(slope), BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
+            kernel.gate(slope, BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
             tile_kq, tile_kr = STAGE + half * kernel.k_half + tile, STAGE + kernel.at_g + half * kernel.kr_half + tile
             table = STAGE + kernel.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
@@ -150,6 +150,8 @@ GATES = {
     "softplus, 8": ("softplus", np.log(8), 0.0, 1.0),
     "softplus, 16": ("softplus", np.log(16), 0.5, 1.0),
     "softplus, 200": ("softplus", np.log(200), 0.0, 1.0),
+    "softplus, A_log = 88": ("softplus", 88.0, -89.0, 1.0),
+    "safe, A_log = 88": ("safe", 88.0, 0.5, 1.0),
     "softplus, 200 of few": ("softplus", np.log(200), -8.0, 3.0),
     "log, wide": ("log", 0.0, 0.0, 1.0),
     "log, 1e4": ("log", 0.0, 0.0, 1e4),
@@ -158,10 +160,12 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize("tokens", [C, 13])
+@pytest.mark.parametrize("tokens, v_split", [(C, 1), (13, 1), (C, 2)])
 @pytest.mark.parametrize("dtype, g_dtype", [("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16")])
 @pytest.mark.parametrize("gate, A_log, bias, scale", GATES.values(), ids=GATES)
-def test_prepare(gate: str, A_log: float, bias: float, scale: float, dtype: str, g_dtype: str, tokens: int) -> None:
+def test_prepare(
+    gate: str, A_log: float, bias: float, scale: float, dtype: str, g_dtype: str, tokens: int, v_split: int
+) -> None:
     """A whole chunk, and the last one of a sequence, behind which the next one's tokens are, here NaN."""
     rng = np.random.default_rng(0)
     to = {"bf16": rounded, "fp16": lambda x: x.clip(-6e4, 6e4).astype(np.float16).astype(f32), "fp32": f32}
@@ -176,7 +180,7 @@ def test_prepare(gate: str, A_log: float, bias: float, scale: float, dtype: str,
     g = to[g_dtype](g)
     biases = (bias + rng.random(D)) if gate != "log" else np.zeros(D)
     poisoned = [np.where(np.arange(C)[:, None] < tokens, x, np.nan).astype(f32) for x in (q, k, g)]
-    got = prepare(gate, dtype, g_dtype, *poisoned, A_log, biases, -5.0, tokens)
+    got = prepare(gate, dtype, g_dtype, *poisoned, A_log, biases, -5.0, tokens, v_split)
     decay = decay_of(gate, g, A_log, biases.astype(f32), -5.0)
     q[tokens:], k[tokens:], decay[tokens:] = 0, 0, 0
     want = exact(q, k, decay)
