@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> Generator[None, None, None
     ran: set[str] = set()
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
-            for name, reason in getattr(report, "user_properties", ()):
+            for name, reason in report.user_properties if isinstance(report, pytest.TestReport) else ():
                 if name == "gpu":
                     reasons[report.nodeid] = reason
                     if outcome in ("passed", "failed", "xfailed", "xpassed"):
