@@ -1,4 +1,5 @@
-"""Hypothesis profiles, the skip of GPU tests where there is no Hopper GPU, and the line that says how many ran.
+"""What all tests share: Hypothesis profiles, the skip of GPU tests where there is no Hopper GPU, and the line that says
+how many ran.
 
 `--hypothesis-profile=NAME` picks a profile; without it CI in the environment means ci, anything else dev. The GPU tests
 take the profile gpu, `python -m tests.fuzz` takes fuzz.
@@ -15,7 +16,10 @@ import torch
 
 from tests.profiles import load_default
 
+MAX_WORKERS = 16  # each imports torch and has a context on the GPU: a gigabyte of the memory of either
+
 load_default()
+os.environ.pop("KDA_CUTE_CHECK", None)  # tests say themselves when values are to be checked
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are as many as the cores
 
@@ -39,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.user_properties.append(("gpu", reason))  # goes along with the reports, also from xdist's workers
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """`-n auto` is as many as there are cores, which may be hundreds."""
+    return min((yield), MAX_WORKERS)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

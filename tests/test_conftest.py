@@ -27,7 +27,8 @@ def test_gpu_fails():
     assert False
 
 def test_cpu():
-    pass
+    from kda_cute import contract
+    assert not contract.CHECK_VALUES
 
 def test_skipped():
     pytest.skip("for a reason of its own")
@@ -46,7 +47,9 @@ def end_of(tmp_path: Path, reason: str | None, *options: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "made_up", "-p", "no:cacheprovider", "-c",
                ROOT / "pyproject.toml", "--rootdir", tmp_path, *options, tmp_path / "test_made_up.py"]  # fmt: skip
     environment = {name: x for name, x in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(ROOT)))
+    environment["KDA_CUTE_CHECK"] = "1"  # somebody's shell has it
+    path = (str(tmp_path), str(ROOT), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert any("short test summary" in line for line in lines), done.stdout + done.stderr
@@ -67,6 +70,12 @@ def test_with_a_gpu(workers: str, tmp_path: Path) -> None:
     assert sorted(skip.rsplit(": ", 1)[1] for skip in skips) == ["for a reason of its own", "needs more than a GPU"]
     assert gpu == "GPU tests: 4 of 5 ran"
     assert "1 failed, 4 passed, 2 skipped" in counts
+
+
+def test_workers_are_not_as_many_as_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, workers in ((3, 3), (200, 16)):
+        monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", str(cores))
+        assert request.config.hook.pytest_xdist_auto_num_workers(config=request.config) == workers
 
 
 def test_nothing_about_gpus_if_none_is_asked_for(tmp_path: Path) -> None:
