@@ -11,7 +11,7 @@ MINUTES ?= 10
 demo: $(STAMP)  ## KDA's error and speed, a small Kimi Linear that answers from a long context; on a Hopper GPU, else the CPU
 	$(BIN)/python -m kda_cute demo
 
-test: $(STAMP)  ## all tests; those marked gpu skip, with a printed reason, where there is no Hopper GPU
+test: $(STAMP)  ## all tests; its end says how many of those for the GPU ran, and why not
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 gpu-test: $(STAMP)  ## only the GPU tests, one process

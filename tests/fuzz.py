@@ -12,15 +12,15 @@ import sys
 import time
 from collections.abc import Callable
 
-import torch
 from hypothesis import settings
 
+from tests.conftest import no_hopper
 from tests.profiles import load_default
 
 
 def targets() -> list[Callable[[], None]]:
     """Tests that draw their own arguments."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+    if no_hopper() is None:
         os.environ["KDA_CUTE_GPU_PROFILE"] = "fuzz"
         from tests.gpu.test_kda_gpu import test_call
 

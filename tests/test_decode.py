@@ -49,6 +49,15 @@ def test_arguments_come_in_the_order_of_fla() -> None:
     assert list(inspect.signature(fused_recurrent_kda).parameters)[:17] == names.split()
 
 
+def close(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Equal but for rounding: sums over tensors of other shapes may be made in another order. That is at most 20
+    roundings to fp32 for each of 9 tokens, then one of the result; a token more or less changes a fifth."""
+    assert x.dtype == y.dtype
+    rounding = 20 * 9 * torch.finfo(torch.float32).eps * y.abs().max().item()
+    rtol = torch.finfo(x.dtype).eps if x.dtype is torch.bfloat16 else 0.0
+    torch.testing.assert_close(x, y, rtol=rtol, atol=rounding)
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
 def test_states_after_each_token_are_the_final_ones_of_prefixes(case: Case, dtype: torch.dtype | None) -> None:
@@ -58,7 +67,8 @@ def test_states_after_each_token_are_the_final_ones_of_prefixes(case: Case, dtyp
     o, S, states = fused_recurrent_kda(**kwargs, output_token_states=dtype is None, token_states=given_states)
     assert states.shape == shape and (states is given_states or states.dtype == torch.float32)
     plain_o, plain_S = fused_recurrent_kda(**kwargs)
-    torch.testing.assert_close((o, S), (plain_o, plain_S), rtol=0, atol=0)
+    close(o, plain_o)
+    close(S, plain_S)
     flat = states.flatten(0, 1)
     bounds = [(b * case.T, (b + 1) * case.T) for b in range(case.B)]
     if case.cu_seqlens is not None:
@@ -69,7 +79,7 @@ def test_states_after_each_token_are_the_final_ones_of_prefixes(case: Case, dtyp
             part = {name: x[:, begin : t + 1] for name, x in tensors.items()}
             start = kwargs["initial_state"][n : n + 1]
             want = fused_recurrent_kda(**{**kwargs, **part, "initial_state": start, "cu_seqlens": None})[1]
-            torch.testing.assert_close(flat[t], want[0].to(flat.dtype), rtol=0, atol=0)
+            close(flat[t], want[0].to(flat.dtype))
 
 
 @BOTH
