@@ -80,8 +80,8 @@ def chunk_kda(
             sequence are a third result, fp32: [B, ceil(T / checkpoint_interval), HV, ...]; with cu_seqlens
             [1, R, HV, ...], sequence by sequence, R such that there is room for any cu_seqlens.
         out: o, in the dtype of q. final_state: the last states, contiguous, bf16 or fp32.
-        backend: None takes "cute" for CUDA tensors, "reference" for those on the CPU or meta. "reference" is torch, on
-            any device, in fp32 (fp64 for fp64 inputs).
+        backend: None takes "cute" for CUDA tensors and "reference" for those on the CPU. "reference" is torch on any
+            device, also on meta, in fp32 (fp64 for fp64 inputs).
         fla_kwargs: what fla takes besides: disable_recompute, cu_seqlens_cpu, chunk_size, use_graph and max_num_seqs
             change nothing here, transpose_state_layout is state_v_first, return_intermediate_states gives states as
             checkpoint_interval=chunk_size (64) does, in bf16 and no more than there are, for which the host reads
@@ -488,7 +488,7 @@ def fwd(
 
 def _takes_reference(q: torch.Tensor, backend: str | None) -> bool:
     """Whether torch does the work. If not, q is on a GPU that the kernel runs on."""
-    if backend == "reference" or (backend is None and (q.is_cpu or q.is_meta)):
+    if backend == "reference" or (backend is None and q.is_cpu):
         return True
     if backend is not None and backend != "cute":
         raise ValueError(f'backend is {backend!r}: must be None, "cute" or "reference"')
