@@ -323,7 +323,10 @@ def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool, function: str 
 
 def check_number(name: str, x: Any) -> None:
     # A tensor has __float__ too, at the price of a synchronisation that nobody asked for.
-    if type(x) is not float and (isinstance(x, torch.Tensor) or not hasattr(x, "__float__")):
+    if type(x) is float or isinstance(x, torch.SymFloat):
+        return
+    convertible = torch.compiler.is_compiling() or hasattr(x, "__float__")  # which torch.compile cannot ask a number
+    if isinstance(x, (torch.Tensor, str)) or not convertible:
         raise TypeError(f"{name} is a {type(x).__name__}: must be a float or None")
 
 

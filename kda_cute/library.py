@@ -298,7 +298,10 @@ def state_dtype(v: Tensor) -> torch.dtype:
 
 
 def check(call: dict[str, Any]) -> tuple[int, int, int, int, int, int, int]:
-    """`contract.check_named`, also of what torch.jit.trace records, where sizes are tensors."""
+    """`contract.check_named`, also of what torch.jit.trace records, where sizes are tensors, and of what is compiled,
+    where a number may have no value yet: that of lower_bound is looked at when the operator runs."""
+    if torch.compiler.is_compiling() and call["lower_bound"] is not None:
+        call = {**call, "lower_bound": contract.LOWER_BOUND_MIN}
     if torch._C._get_tracing_state() is None:
         return contract.check_named(call)
     with _unrecorded():
