@@ -1,11 +1,12 @@
 """Kimi Delta Attention (KDA) on Hopper GPUs.
 
-Importing this is cheap: the names below are looked up when first used, and cutlass is imported when a kernel has to be
-compiled.
+Importing this is cheap beside torch, whose operators `kda_cute::...` it registers: the names below are looked up when
+first used, and cutlass is imported when a kernel has to be compiled.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,3 +35,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# For programs that torch.export has saved. Where torch is missing, broken or too old, the names above say so when used,
+# and `kda-cute doctor` works all the same.
+with suppress(Exception):
+    from . import library as _library  # noqa: F401

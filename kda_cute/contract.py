@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -98,8 +100,9 @@ def check_call(
         _bad_device(device, k=k, v=v, g=g, beta=beta)
 
     if lower_bound is not None:
-        _check_number("lower_bound", lower_bound)
-        if not LOWER_BOUND_MIN <= lower_bound < 0:
+        check_number("lower_bound", lower_bound)
+        # While a call is compiled a number may be one of a graph, which has no value yet.
+        if not isinstance(lower_bound, torch.SymFloat) and not LOWER_BOUND_MIN <= lower_bound < 0:
             raise ValueError(f"lower_bound is {lower_bound}: must be in [-5, 0), or None")
     if use_gate_in_kernel:
         if lower_bound is None:
@@ -203,11 +206,23 @@ def check_token_states(
 def check_scale(scale: float | None, K: int) -> float:
     if scale is None:
         return K**-0.5
-    _check_number("scale", scale)
+    check_number("scale", scale)
     scale = float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}: must be finite")
     return scale
+
+
+def check_interval(interval: Any) -> int:
+    """checkpoint_interval, any kind of integer."""
+    if isinstance(interval, bool) or not hasattr(interval, "__index__") or isinstance(interval, torch.Tensor):
+        raise TypeError(
+            f"checkpoint_interval is a {type(interval).__name__}: must be an int, a multiple of 32, or None"
+        )
+    interval = operator.index(interval)
+    if interval < 32 or interval % 32:
+        raise ValueError(f"checkpoint_interval is {interval}: must be a multiple of 32 tokens")
+    return interval
 
 
 def not_served(
@@ -238,6 +253,8 @@ def refuse_grad(why: str, **tensors: torch.Tensor | None) -> NoReturn:
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> int:
     """Values: from 0, never decreasing, to at most T. Tokens past the last belong to no sequence. Returns that last."""
+    if cu_seqlens.is_meta:
+        return T
     cuts = cu_seqlens.tolist()
     if cuts[0] != 0:
         raise ValueError(f"cu_seqlens[0] is {cuts[0]}: must be 0")
@@ -251,6 +268,8 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> int:
 
 def check_state_indices(state_indices: torch.Tensor, P: int) -> None:
     """Values: below the number of states in the pool, negative for none, no state twice."""
+    if state_indices.is_meta:
+        return
     seen: dict[int, int] = {}
     for n, i in enumerate(state_indices.tolist()):
         if i >= P:
@@ -263,6 +282,8 @@ def check_state_indices(state_indices: torch.Tensor, P: int) -> None:
 def check_log_decay(g: torch.Tensor, tokens: int) -> None:
     """Values: the promise of safe_gate=True about a precomputed g, for the tokens that some sequence has."""
     g = g[:, :tokens]
+    if g.is_meta:
+        return
     outside = ~((g >= LOWER_BOUND_MIN) & (g <= 0))  # NaN is outside
     if g.numel() and bool(outside.any()):
         at = outside.nonzero()[0].tolist()
@@ -277,30 +298,36 @@ FLA_KWARGS = frozenset((
 ))  # fmt: skip
 
 
-def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool) -> bool:
+def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool, function: str = "chunk_kda") -> bool:
     """Refuse what would change the result, accept what cannot. Returns state_v_first, perhaps under its old name."""
     for name, value in kwargs.items():
         if name not in FLA_KWARGS:
-            raise TypeError(f"chunk_kda() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        if name == "return_intermediate_states" and value and function != "chunk_kda":
+            raise NotImplementedError(
+                f"return_intermediate_states is {value}: must be False for {function}, which has output_token_states"
+            )
         if name == "chunk_size" and value not in (32, 64):
             raise ValueError(f"chunk_size is {value}: must be 32 or 64 as in fla (and changes nothing here)")
         if name == "cp_context" and value is not None:
             raise NotImplementedError("cp_context is given: must be None, there is no context parallelism")
         if name == "transpose_state_layout":
-            import warnings
-
             if state_v_first:
                 raise ValueError("transpose_state_layout is given: must not be, together with state_v_first")
-            warnings.warn(
-                "transpose_state_layout is deprecated, its name is state_v_first", DeprecationWarning, stacklevel=3
-            )
+            if not torch.compiler.is_compiling():  # torch.compile can trace no warning
+                warnings.warn(
+                    "transpose_state_layout is deprecated, its name is state_v_first", DeprecationWarning, stacklevel=3
+                )
             state_v_first = bool(value)
     return state_v_first
 
 
-def _check_number(name: str, x: Any) -> None:
+def check_number(name: str, x: Any) -> None:
     # A tensor has __float__ too, at the price of a synchronisation that nobody asked for.
-    if type(x) is not float and (isinstance(x, torch.Tensor) or not hasattr(x, "__float__")):
+    if type(x) is float or isinstance(x, torch.SymFloat):
+        return
+    convertible = torch.compiler.is_compiling() or hasattr(x, "__float__")  # which torch.compile cannot ask a number
+    if isinstance(x, (torch.Tensor, str)) or not convertible:
         raise TypeError(f"{name} is a {type(x).__name__}: must be a float or None")
 
 

@@ -33,7 +33,7 @@ OURS = inspect.signature(ops.chunk_kda).parameters.keys() - {"out", "final_state
 
 
 def _is_hopper(index: int) -> bool:
-    return ops._gpu(index)[0] == (9, 0)
+    return torch.version.hip is None and ops._gpu(index)[0] == (9, 0)
 
 
 class _Backend(BaseBackend):

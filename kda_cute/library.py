@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import contract
 from .reference.chunked import chunked
@@ -28,13 +29,26 @@ from .reference.recurrence import recurrence
 _log = logging.getLogger("kda_cute")
 
 NO_GRADIENT = "fused_recurrent_kda has no backward; chunk_kda has one, torch.no_grad() says that none is needed"
+NO_FORWARD_MODE = (
+    "kda_cute's kernels and operators have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
+    'backend="reference" outside of torch.compile has one, torch.autograd.grad makes the gradients of chunk_kda'
+)
+NO_FUNC_GRAD = (
+    "kda_cute's kernels and operators have no gradient under torch.func (grad, vjp, jacrev): "
+    'backend="reference" outside of torch.compile has one, torch.autograd.grad makes the gradients of chunk_kda'
+)
+NO_SECOND = (
+    "the gradients of kda_cute's operators have no gradient themselves: "
+    'those of backend="reference" outside of torch.compile have'
+)
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 
-# Written out, because torch 2.4 makes no schema of annotations that are strings.
+# Written out, because torch 2.4 makes no schema of annotations that are strings. Scalar: a float would have to be known
+# when a call is compiled, which that of .item() is not.
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float? scale, Tensor? initial_state, "
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Scalar? scale, Tensor? initial_state, "
     "bool output_final_state, bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel, bool use_beta_sigmoid_in_kernel, "
-    "bool allow_neg_eigval, bool safe_gate, float? lower_bound, bool state_v_first, Tensor? cu_seqlens, "
+    "bool allow_neg_eigval, bool safe_gate, Scalar? lower_bound, bool state_v_first, Tensor? cu_seqlens, "
     "Tensor? A_log, Tensor? dt_bias, Tensor? state_indices, str? backend"
 )
 ARGUMENTS = tuple(argument.split()[1] for argument in _ARGUMENTS.split(", "))
@@ -43,12 +57,13 @@ ARGUMENTS = tuple(argument.split()[1] for argument in _ARGUMENTS.split(", "))
 @torch.library.custom_op("kda_cute::chunk_kda", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 def chunk_kda(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(o, final state), which is empty if it is not asked for."""
-    o, S = _ops().run(arguments)
+    o, S = _run(arguments)
     return o, o.new_empty(0, dtype=torch.float32) if S is None else S
 
 
 @chunk_kda.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode()
     call = dict(zip(ARGUMENTS, arguments, strict=True))
     v, shape = call["v"], _state_shape(call)
     o = v.new_empty(v.shape)
@@ -64,11 +79,12 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 )
 def chunk_kda_out(*arguments: Any) -> None:
     *arguments, out, final_state = arguments  # type: ignore[assignment]
-    _ops().run(arguments, out, final_state)
+    _run(arguments, out, final_state)
 
 
 @chunk_kda_out.register_fake
 def _(*arguments: Any) -> None:
+    refuse_forward_mode()
     contract.check_named(dict(zip((*ARGUMENTS, "out", "final_state"), arguments, strict=True)))
 
 
@@ -79,11 +95,12 @@ def _(*arguments: Any) -> None:
 )
 def fused_recurrent_kda_out(*arguments: Any) -> None:
     *arguments, out, final_state, token_states = arguments  # type: ignore[assignment]
-    _ops().run(arguments, out, final_state, token_states, True)
+    _run(arguments, out, final_state, token_states, True)
 
 
 @fused_recurrent_kda_out.register_fake
 def _(*arguments: Any) -> None:
+    refuse_forward_mode()
     contract.check_named(dict(zip((*ARGUMENTS, "out", "final_state"), arguments[:-1], strict=True)))
 
 
@@ -94,6 +111,7 @@ def _(*arguments: Any) -> None:
 )
 def chunk_kda_backward(do: Tensor, dht: Tensor | None, *arguments: Any) -> list[Tensor]:
     """Gradients of what is `wanted` of DIFFERENTIABLE, in that order; an empty tensor for the others."""
+    refuse_forward_mode()
     *arguments, wanted = arguments  # type: ignore[assignment]
     call = dict(zip(ARGUMENTS, arguments, strict=True))
     call["output_final_state"] = dht is not None
@@ -113,6 +131,7 @@ def chunk_kda_backward(do: Tensor, dht: Tensor | None, *arguments: Any) -> list[
 
 @chunk_kda_backward.register_fake
 def _(do: Tensor, dht: Tensor | None, *arguments: Any) -> list[Tensor]:
+    refuse_forward_mode()
     *arguments, wanted = arguments  # type: ignore[assignment]
     call = dict(zip(ARGUMENTS, arguments, strict=True))
     return [
@@ -139,10 +158,16 @@ def _backward(ctx: Any, do: Tensor, dht: Tensor) -> tuple[Tensor | None, ...]:
 chunk_kda.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _backward_of_backward(ctx: Any, *gradients: Any) -> NoReturn:
+    raise NotImplementedError(NO_SECOND)
+
+
+chunk_kda_backward.register_autograd(_backward_of_backward)
+
+
 def traced(arguments: tuple[Any, ...], out: Tensor | None, final_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A call of `ops.run` as one operator."""
-    call = dict(zip(ARGUMENTS, arguments, strict=True))
-    call["q"], call["k"], call["v"] = autocast(call["q"], call["k"], call["v"])
+    call = _by_name(arguments)
     if out is None and final_state is None:
         o, S = torch.ops.kda_cute.chunk_kda(*call.values())
         return o, S if call["output_final_state"] else None
@@ -161,8 +186,7 @@ def traced_recurrent(
     arguments: tuple[Any, ...], out: Tensor | None, final_state: Tensor | None, token_states: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """A call of `ops.run`, token by token, as one operator."""
-    call = dict(zip(ARGUMENTS, arguments, strict=True))
-    call["q"], call["k"], call["v"] = autocast(call["q"], call["k"], call["v"])
+    call = _by_name(arguments)
     v = call["v"]
     if wants_grad(call):
         refuse(call, NO_GRADIENT)
@@ -172,6 +196,18 @@ def traced_recurrent(
         final_state = v.new_empty(_state_shape(call), dtype=state_dtype(v))
     torch.ops.kda_cute.fused_recurrent_kda_out(*call.values(), out, final_state, token_states)
     return out, final_state
+
+
+def _by_name(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """As the operators take them, which know nothing of numpy's numbers."""
+    call = dict(zip(ARGUMENTS, arguments, strict=True))
+    for name in ("scale", "lower_bound"):
+        if call[name] is not None and not isinstance(call[name], torch.SymFloat):
+            contract.check_number(name, call[name])
+            call[name] = float(call[name])
+    call["q"], call["k"], call["v"] = autocast(call["q"], call["k"], call["v"])
+    refuse_transforms(call)
+    return call
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,8 +221,35 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def by_reference(call: dict[str, Any], recurrent: bool = False) -> tuple[Tensor, Tensor | None]:
     """o and the final state in fp32, or in fp64 for fp64 inputs, also under autocast."""
     options = {name: x for name, x in call.items() if name not in ("state_indices", "backend")}
-    with torch.autocast(call["q"].device.type, enabled=False):
+    device = call["q"].device.type
+    as_it_is = contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    with as_it_is:
         return (recurrence if recurrent else chunked)(**options, dtype=state_dtype(call["v"]))
+
+
+def refuse_forward_mode() -> None:
+    """In an operator, which does not see whether its tensors have derivatives."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+
+def refuse_transforms(call: dict[str, Any]) -> None:
+    """Of torch.func and forward_ad, those that the kernels and operators do not have."""
+    if forward_ad._current_level >= 0:
+        tensors = {name: x for name, x in call.items() if isinstance(x, Tensor)}
+        if torch.compiler.is_compiling() or any(map(_has_tangent, tensors.values())):
+            raise NotImplementedError(NO_FORWARD_MODE)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and wants_grad(call):
+        raise NotImplementedError(NO_FUNC_GRAD)
+
+
+def is_of_functorch(x: Any) -> bool:
+    """Whether x is a tensor that torch.func has wrapped, which has no memory of its own."""
+    return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def wants_grad(call: dict[str, Any]) -> bool:
@@ -210,13 +273,44 @@ def _ops() -> Any:
     return ops
 
 
+def _run(*call: Any) -> tuple[Tensor, Tensor | None]:
+    """`ops.run` in an operator."""
+    refuse_forward_mode()
+    if torch._C._get_tracing_state() is None:
+        return _ops().run(*call)
+    with _unrecorded():
+        return _ops().run(*call)
+
+
+@contextlib.contextmanager
+def _unrecorded() -> Iterator[None]:
+    """For what torch.jit.trace is not to record."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 def state_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
+def check(call: dict[str, Any]) -> tuple[int, int, int, int, int, int, int]:
+    """`contract.check_named`, also of what torch.jit.trace records, where sizes are tensors, and of what is compiled,
+    where a number may have no value yet: that of lower_bound is looked at when the operator runs."""
+    if torch.compiler.is_compiling() and call["lower_bound"] is not None:
+        call = {**call, "lower_bound": contract.LOWER_BOUND_MIN}
+    if torch._C._get_tracing_state() is None:
+        return contract.check_named(call)
+    with _unrecorded():
+        return contract.check_named(call)
+
+
 def _state_shape(call: dict[str, Any]) -> tuple[int, ...]:
     """Checks a call, all but values."""
-    _, _, _, HV, K, V, N = contract.check_named(call)
+    _, _, _, HV, K, V, N = check(call)
     return contract.state_shape(N, HV, K, V, call["state_v_first"])
 
 
@@ -238,6 +332,8 @@ def _again(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     if call["backend"] != "reference" and q.is_cuda:
         fla_chunk_kda = _fla()
         if fla_chunk_kda is not None and q.shape[-1] <= 256:
+            if call["cu_seqlens"] is not None and not _captures():  # fla's kernels write where its values say
+                contract.check_cu_seqlens(call["cu_seqlens"], q.shape[1])
             options = {name: x for name, x in call.items() if name not in (*DIFFERENTIABLE, "state_indices", "backend")}
             state, A_log, dt_bias = (x if x is None else x.float() for x in map(call.get, DIFFERENTIABLE[5:]))
             return fla_chunk_kda(
@@ -247,6 +343,10 @@ def _again(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
             )  # fmt: skip
     o, S = by_reference(call)
     return o.to(q.dtype), S
+
+
+def _captures() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

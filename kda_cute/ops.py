@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import contract, library, memory
 from .reference.transforms import sequence_bounds
@@ -73,18 +74,19 @@ def chunk_kda(
         safe_gate: the caller's promise that a precomputed g is in [-5, 0]; a gate in the kernel then needs lower_bound.
         lower_bound: in [-5, 0).
         cu_seqlens: [N + 1], int32 or int64, on the device of q: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1]
-            of the one batch entry. It starts at 0, never decreases and ends at T or before; o of tokens past its end is
-            not written (and is whatever the memory held). The GPU path never reads it back to the host.
+            of the one batch entry. It starts at 0, never decreases and ends at T or before. o of tokens of no sequence
+            is zero, also where its values are wrong. The GPU path never reads it back to the host.
         A_log: [HV]. dt_bias: [HV * K] or [HV, K]. Both only with use_gate_in_kernel, both may be None with lower_bound.
         state_indices: [N], int32. initial_state then is a pool of P states, [P, HV, ...]: sequence n begins with state
             state_indices[n] and leaves its last one there, in place; with a negative index it begins with zero and
             leaves none. No two sequences may have the same state. The final state in the result is the pool.
         checkpoint_interval: a multiple of 32 tokens. The states before tokens 0, checkpoint_interval, ... of every
             sequence are a third result, fp32: [B, ceil(T / checkpoint_interval), HV, ...]; with cu_seqlens
-            [1, R, HV, ...], sequence by sequence, R such that there is room for any cu_seqlens.
+            [1, R, HV, ...], sequence by sequence, R such that there is room for any cu_seqlens; what is left of it is
+            not written.
         out: o, in the dtype of q. final_state: the last states, contiguous, bf16 or fp32.
-        backend: None takes "cute" for CUDA tensors and "reference" for all others. "reference" is torch on any device,
-            in fp32 (fp64 for fp64 inputs).
+        backend: None takes "cute" for CUDA tensors and "reference" for those on the CPU. "reference" is torch on any
+            device, also on meta, in fp32 (fp64 for fp64 inputs).
         fla_kwargs: what fla takes besides: disable_recompute, cu_seqlens_cpu, chunk_size, use_graph and max_num_seqs
             change nothing here, transpose_state_layout is state_v_first, return_intermediate_states gives states as
             checkpoint_interval=chunk_size (64) does, in bf16 and no more than there are, for which the host reads
@@ -92,6 +94,10 @@ def chunk_kda(
 
     Returns:
         o [B, T, HV, V] in the dtype of q, and the final state or None; with checkpoint_interval those states too.
+
+    NaN and infinity stay in their sequence and value head, and what comes before them is what it would be without
+    them. The last bits of a result may depend on what else is in the call and on tokens that come later, about 1e-4 of
+    it: what a call is cut into for the GPU depends on all of its lengths.
 
     Both are differentiable, by running the forward pass again: see `library`. torch.compile and export take the call as
     one operator. Under torch.autocast q, k and v in fp32 are taken in its dtype.
@@ -151,7 +157,7 @@ def run(
         key = known = None
     if kept is not None and not recurrent:
         key = known = None
-    if known is not None and not contract.CHECK_VALUES:
+    if known is not None and not contract.CHECK_VALUES and forward_ad._current_level < 0:
         alike, present, launch, state_shape, empty_like = known
         if alike(*present(tensors)):
             o = empty_like(v, memory_format=torch.contiguous_format) if out is None else out
@@ -168,6 +174,9 @@ def run(
             if launch(q, k, v, g, beta, o, initial_state, S, A_log, dt_bias, cu_seqlens, state_indices, kept):
                 return o, S
 
+    # The guards refuse calls that torch.jit.trace or torch.func sees: their dispatch keys are others.
+    if torch._C._get_tracing_state() is not None:
+        return _as_operator(arguments, out, final_state, kept, recurrent)
     if state_indices is not None and final_state is None:
         raise ValueError("final_state is None: must be a pool of states with state_indices")
     call = dict(zip(library.ARGUMENTS, arguments, strict=True))
@@ -187,6 +196,14 @@ def run(
         why_not = contract.not_served(K, V, q, g, beta)
         if why_not:
             raise NotImplementedError(f'{why_not} on the GPU; backend="reference" serves it, slowly')
+        library.refuse_transforms(call)
+        if any(map(library.is_of_functorch, (*call.values(), out, final_state, kept))):
+            if recurrent or not (out is final_state is kept is None):
+                raise NotImplementedError(
+                    "out, final_state, state_indices and checkpoint_interval must be None under torch.vmap, which does "
+                    'not serve fused_recurrent_kda: B is for many sequences, backend="reference" works here, slowly'
+                )
+            return library.traced(arguments, None, None)  # torch calls it for one after the other
     if grad and library.wants_grad(call):
         if out is not None or final_state is not None:
             library.refuse_outputs(call)
@@ -209,22 +226,16 @@ def run(
             contract.check_state_indices(state_indices, initial_state.shape[0])
 
     if reference:
-        stored = None
         given = {**call, "output_final_state": output_final_state or final_state is not None}
         if state_indices is not None and initial_state is not None:
-            stored = state_indices >= 0
-            given["initial_state"] = initial_state.new_zeros(N, *initial_state.shape[1:])
-            given["initial_state"][stored] = initial_state[state_indices[stored]]
-        o, state = library.by_reference(given, recurrent) if kept is None else _piecewise(given, kept, recurrent)
-        if out is None:
-            out = o.to(q.dtype)
-        else:
-            out[:, :tokens].copy_(o[:, :tokens])
+            given["initial_state"] = _from_pool(initial_state, state_indices)
+        whole = kept is None or q.is_meta
+        o, state = library.by_reference(given, recurrent) if whole else _piecewise(given, kept, recurrent)
+        out = o.to(q.dtype) if out is None else out.copy_(o)
         if final_state is None or state is None:
             return out, state
-        if stored is not None and state_indices is not None:
-            final_state[state_indices[stored]] = state[stored].to(final_state.dtype)
-            return out, final_state
+        if state_indices is not None:
+            return out, _into_pool(state, final_state, state_indices)
         return out, final_state.copy_(state)
 
     state_shape = contract.state_shape(N, HV, K, V, state_v_first)
@@ -278,17 +289,40 @@ def run(
     return o, final_state
 
 
+def _from_pool(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """A state a sequence, zero where its index is negative."""
+    state = pool.new_zeros(len(indices), *pool.shape[1:])
+    if not pool.is_meta:  # where there are no indices to go by
+        stored = indices >= 0
+        state[stored] = pool[indices[stored]]
+    return state
+
+
+def _into_pool(state: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    if not pool.is_meta:
+        stored = indices >= 0
+        pool[indices[stored]] = state[stored].to(pool.dtype)
+    return pool
+
+
+def _as_operator(
+    arguments: tuple[Any, ...], out: torch.Tensor | None, final_state: torch.Tensor | None, kept: Any, recurrent: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if recurrent:
+        return library.traced_recurrent(arguments, out, final_state, kept)
+    return library.traced(arguments, out, final_state)
+
+
 def _with_checkpoints(
     call: dict[str, Any], out: torch.Tensor | None, final_state: torch.Tensor | None, interval: int | None,
     fla_kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
-    if torch.compiler.is_compiling():
-        raise NotImplementedError("checkpoint_interval is given: must be None under torch.compile")
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        raise NotImplementedError("checkpoint_interval is given: must be None under torch.compile and torch.jit.trace")
     dtype = torch.float32
     if interval is None:  # fla's return_intermediate_states
         interval, dtype = fla_kwargs.get("chunk_size", 64), torch.bfloat16
-    if not isinstance(interval, int) or interval < 32 or interval % 32:
-        raise ValueError(f"checkpoint_interval is {interval}: must be a multiple of 32 tokens")
+    interval = contract.check_interval(interval)
     named = {**call, "out": out, "final_state": final_state}
     *arguments, out, final_state = (memory.plain(named)[0] or named).values()
     call = dict(zip(library.ARGUMENTS, arguments, strict=True))
@@ -298,18 +332,32 @@ def _with_checkpoints(
         dtype = v.dtype
     if cu_seqlens is None:
         count = -(-T // interval)
-        rows, first = B * count, count * torch.arange(B, dtype=torch.int32, device=v.device)
+        rows = room = B * count
+        first = count * torch.arange(B, dtype=torch.int32, device=v.device)
     else:
-        counts = (cu_seqlens.diff() + interval - 1) // interval
-        rows, first = T // interval + N, (counts.cumsum(0) - counts).int()
+        rows = room = T // interval + N
         if fla_kwargs.get("return_intermediate_states"):  # as many as there are, which the host has to know
             cuts = fla_kwargs.get("cu_seqlens_cpu")
-            cuts = (cu_seqlens if cuts is None else cuts).tolist()
+            cuts = cu_seqlens if cuts is None else cuts
+            if cuts.is_meta:
+                raise NotImplementedError(
+                    "cu_seqlens is on meta: return_intermediate_states needs its values, which cu_seqlens_cpu may have"
+                )
+            cuts = cuts.tolist()
             rows = sum(-(-(b - a) // interval) for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+            room = max(rows, -(-T // interval))  # the copy on the host may be another one
+        first = _first_checkpoints(cu_seqlens, T, interval, room)
     shape = (V, K) if call["state_v_first"] else (K, V)
-    states = torch.empty((rows, HV, *shape), dtype=dtype, device=v.device)
+    states = torch.empty((room, HV, *shape), dtype=dtype, device=v.device)
     o, S = run(tuple(call.values()), out, final_state, (states, first, interval // 32))
-    return o, S, states.view(B if cu_seqlens is None else 1, -1 if rows else 0, HV, *shape)
+    return o, S, states[:rows].view(B if cu_seqlens is None else 1, -1 if rows else 0, HV, *shape)
+
+
+def _first_checkpoints(cu_seqlens: torch.Tensor, T: int, interval: int, rows: int) -> torch.Tensor:
+    """The number of each sequence's first state. That of its last one is below `rows`, whatever cu_seqlens says."""
+    cuts = cu_seqlens.clamp(0, T)  # as the kernel takes them
+    counts = (cuts.diff().clamp(min=0) + interval - 1) // interval
+    return torch.minimum(counts.cumsum(0) - counts, rows - counts).int()
 
 
 def _piecewise(call: dict[str, Any], kept: Any, recurrent: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -322,6 +370,8 @@ def _piecewise(call: dict[str, Any], kept: Any, recurrent: bool) -> tuple[torch.
     o = v.new_zeros((1, B * T, HV, v.shape[-1]), dtype=dtype)
     shape = states.shape[-2:]
     states = states.view(-1, HV, *shape)
+    if recurrent:  # tokens of no sequence have zeros
+        states.zero_()
     finals = [o.new_zeros(0, HV, *shape)]
     for n, (begin, end) in enumerate(sequence_bounds(B, T, call["cu_seqlens"])):
         S = o.new_zeros(1, HV, *shape)
@@ -375,7 +425,8 @@ def fused_recurrent_kda(
 
     Args:
         all as in `chunk_kda`, in fla's order. With final_state=initial_state states are updated in place.
-        output_token_states: return the state after each token too, fp32, [B, T, HV, ...], to go back to one of them.
+        output_token_states: return the state after each token too, fp32, [B, T, HV, ...], to go back to one of them;
+            zero after tokens of no sequence.
         token_states: a contiguous tensor of that shape for them, bf16 or fp32.
 
     Returns:
@@ -384,7 +435,7 @@ def fused_recurrent_kda(
     Has no gradient: where one is asked for, it raises NotImplementedError.
     """
     if fla_kwargs:
-        state_v_first = contract.check_fla_kwargs(fla_kwargs, state_v_first)
+        state_v_first = contract.check_fla_kwargs(fla_kwargs, state_v_first, "fused_recurrent_kda")
     arguments = (
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, False, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
@@ -394,7 +445,7 @@ def fused_recurrent_kda(
         final_state = initial_state
     if output_token_states and token_states is None:
         call = dict(zip(library.ARGUMENTS, arguments, strict=True))
-        B, T, _, HV, K, V, _ = contract.check_named({**call, "out": out, "final_state": final_state})
+        B, T, _, HV, K, V, _ = library.check({**call, "out": out, "final_state": final_state})
         shape = contract.state_shape(B * T, HV, K, V, state_v_first)[1:]
         token_states = torch.empty((B, T, *shape), dtype=library.state_dtype(v), device=v.device)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -450,7 +501,7 @@ def chunk_kda_summary(
     _, C = chunk_kda(k, k, v, g, beta, **arguments)
     assert C is not None
     K, (N, HV) = k.shape[-1], C.shape[:2]
-    identity = torch.eye(K, device=k.device).repeat(N, HV, 1, 1)
+    identity = torch.eye(K, dtype=C.dtype, device=k.device).repeat(N, HV, 1, 1)
     no_values = v.new_zeros((*v.shape[:-1], K))
     _, M = chunk_kda(k, k, no_values, g, beta, initial_state=identity, **arguments)
     assert M is not None
@@ -494,6 +545,11 @@ def _takes_reference(q: torch.Tensor, backend: str | None) -> bool:
             f'q is on {q.device}: must be on a CUDA device for backend={backend!r}; backend="reference" works here'
         )
     capability, name = _gpu(q.get_device())
+    if torch.version.hip is not None:
+        raise RuntimeError(
+            f"q is on {q.device}, a {name} under ROCm: the kernel needs an NVIDIA Hopper GPU such as the H100 or H200; "
+            'backend="reference" works here, slowly'
+        )
     if capability != (9, 0):
         major, minor = capability
         raise RuntimeError(

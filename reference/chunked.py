@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .recurrence import _tokens
 from .transforms import sequence_bounds, transform
 
 # Elements of E that exist at a time, unless autograd keeps them: 128 MiB in fp64 on the CPU, where larger blocks
@@ -48,7 +49,8 @@ def chunked(
     """The arguments of `kda_cute.chunk_kda`; `dtype` is that of the arithmetic and of both results.
 
     safe_gate is a promise about g that this needs not: every exponent is a sum of log decays of its own, so none
-    overflows and none cancels. Rows of o that no sequence covers are zero.
+    overflows and none cancels. Rows of o that no sequence covers are zero. A token that is not finite leaves those
+    before it, other heads and other sequences as they are.
     """
     q, k, v, g, beta = transform(
         q,
@@ -85,8 +87,9 @@ def chunked(
         steps = plan.active[first : first + block]
         begin = plan.offset[first]
         tokens, valid = plan.rows(begin, begin + sum(steps))
-        chunks = _prepare(*(_gather(x, tokens, valid) for x in (q, k, v, g, beta)))
-        U, QS = [], []
+        gathered = [_gather(x, tokens, valid) for x in (q, k, v, g, beta)]
+        chunks = _prepare(*gathered)
+        U, QS, before = [], [], []
         at = 0
         for n in steps:
             if n < S.shape[0]:
@@ -94,12 +97,15 @@ def chunked(
                 S = S[:n]
             c = slice(at, at + n)
             at += n
+            before.append(S)
             WS_QS = chunks.W_Qd[c] @ S.transpose(-1, -2)
             U_c = chunks.U0[c] - WS_QS[..., :chunk_size, :]
             S = S * chunks.decay[c] + U_c.transpose(-1, -2) @ chunks.Kr[c]
             U.append(U_c)
             QS.append(WS_QS[..., chunk_size:, :])
         O = torch.cat(QS) + chunks.M @ torch.cat(U)
+        if not _is_finite(O):
+            O = _causal(O, torch.cat(before), gathered)
         o_blocks.append(O.transpose(1, 2).reshape(-1, HV, V))
     finished.append(S)
 
@@ -142,6 +148,31 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
     return _Chunks(W_Qd=torch.cat((W, q * G), -2), U0=T @ (beta * v), M=M, Kr=kE[..., -1, :, :], decay=G[..., -1:, :])
 
 
+def _is_finite(x: torch.Tensor) -> bool:
+    """Whether all numbers are, or cannot be looked at: there are none on meta, and vmap has those of many calls."""
+    level = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(level):
+        if torch._C._functorch.is_batchedtensor(level):
+            return True
+        level = torch._C._functorch.get_unwrapped(level)
+    return x.is_meta or bool(x.isfinite().all())
+
+
+def _causal(O: torch.Tensor, S: torch.Tensor, gathered: list[torch.Tensor]) -> torch.Tensor:
+    """O [n, HV, C, V] with what is not finite only where token by token it is not.
+
+    In products over a chunk a NaN or infinity meets the zeros that earlier tokens have for it, and 0 * NaN is NaN. So
+    chunks that are the first with it are done again, from the state before them, S [n, HV, V, K]. Once a row of the
+    state has it, it stays there.
+    """
+    spoiled = ~O.isfinite().all(-2) & S.isfinite().all(-1)  # [n, HV, V]
+    chunk = spoiled.flatten(1).any(1).nonzero().squeeze(1)
+    q, k, v, g, beta = (x.index_select(0, chunk).transpose(1, 2) for x in gathered)
+    o, _ = _tokens(q, k, v, g, beta, S.index_select(0, chunk))
+    spoiled, kept = spoiled.index_select(0, chunk), O.index_select(0, chunk)
+    return O.index_copy(0, chunk, torch.where(spoiled[..., None, :], o.transpose(1, 2), kept))
+
+
 def _gather(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Rows of x [tokens, HV, ...] as chunks [n, HV, C, ...]. Rows past a sequence's end act as k = beta = g = 0."""
     rows = x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
@@ -162,16 +193,16 @@ class _Plan(NamedTuple):
 
     @staticmethod
     def make(bounds: list[tuple[int, int]], chunk_size: int, device: torch.device) -> _Plan:
-        begin = torch.tensor([b for b, _ in bounds], dtype=torch.int64)
-        length = torch.tensor([e - b for b, e in bounds], dtype=torch.int64)
+        begin = torch.tensor([b for b, _ in bounds], dtype=torch.int64, device="cpu")
+        length = torch.tensor([e - b for b, e in bounds], dtype=torch.int64, device="cpu")
         order = length.argsort(descending=True, stable=True)
         begin, length = begin[order], length[order]
         count = (length + chunk_size - 1) // chunk_size
         steps = int(count[0]) if len(bounds) else 0
-        active = (count[None, :] > torch.arange(steps)[:, None]).sum(1) if steps else count[:0]
+        active = (count[None, :] > torch.arange(steps, device="cpu")[:, None]).sum(1) if steps else count[:0]
         offset = active.cumsum(0) - active
-        step = torch.repeat_interleave(torch.arange(steps), active)
-        sequence = torch.arange(len(step)) - offset[step]
+        step = torch.repeat_interleave(torch.arange(steps, device="cpu"), active)
+        sequence = torch.arange(len(step), device="cpu") - offset[step]
         return _Plan(
             order=order.to(device),
             active=active.tolist(),
@@ -184,14 +215,14 @@ class _Plan(NamedTuple):
 
     def rows(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row of chunks first .. end - 1, [end - first, C], and whether the row holds one."""
-        i = torch.arange(self.chunk_size)
+        i = torch.arange(self.chunk_size, device="cpu")
         valid = i < self.length[first:end, None]
         tokens = torch.where(valid, self.begin[first:end, None] + i, self.begin[first:end, None])
         return tokens.to(self.device), valid.to(self.device)
 
     def valid_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of all chunks that hold a token, and that token."""
-        i = torch.arange(self.chunk_size)
+        i = torch.arange(self.chunk_size, device="cpu")
         row = (i < self.length[:, None]).flatten().nonzero().squeeze(1)
         token = (self.begin[:, None] + i).flatten()[row]
         return row.to(self.device), token.to(self.device)

@@ -11,12 +11,13 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 
 from kda_cute import contract, library, ops
-from kda_cute.ops import chunk_kda, fwd
+from kda_cute.ops import chunk_kda, fused_recurrent_kda, fwd
 from kda_cute.reference import chunked
 from tests.strategies import DTYPES, Case, cases, make
 
@@ -223,6 +224,19 @@ BAD = {
         "checkpoint_interval is 48: must be a multiple of 32",
     ),
     "interval-zero": (SAFE, dict(checkpoint_interval=0), ValueError, "checkpoint_interval is 0: must be a multiple"),
+    "interval-bool": (SAFE, dict(checkpoint_interval=True), TypeError, "checkpoint_interval is a bool: must be an int"),
+    "interval-float": (
+        SAFE,
+        dict(checkpoint_interval=64.0),
+        TypeError,
+        "checkpoint_interval is a float: must be an int",
+    ),
+    "interval-tensor": (
+        SAFE,
+        dict(checkpoint_interval=torch.tensor(64)),
+        TypeError,
+        "checkpoint_interval is a Tensor: must be an int",
+    ),
     "fla-cp_context": (SAFE, dict(cp_context=object()), NotImplementedError, "cp_context"),
     "fla-both-layouts": (
         SAFE,
@@ -332,6 +346,15 @@ def test_gradients_on_the_gpu(name: str, kernel: list[Any], monkeypatch: pytest.
 def test_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_gpu", lambda index: ((8, 0), "NVIDIA A100-SXM4-80GB"))
     with pytest.raises(RuntimeError, match=r'A100.*\(compute capability 8.0\).*Hopper.*backend="reference" works'):
+        chunk_kda(**on_gpu(arguments()))
+
+
+def test_a_gpu_of_rocm_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "AMD Instinct MI250X"))
+    with pytest.raises(
+        RuntimeError, match=r'AMD Instinct MI250X under ROCm: .* NVIDIA Hopper.*backend="reference" works'
+    ):
         chunk_kda(**on_gpu(arguments()))
 
 
@@ -542,6 +565,26 @@ def test_fla_arguments_that_change_nothing() -> None:
     extra = dict(disable_recompute=True, cu_seqlens_cpu=torch.tensor([0, 7, 20]), chunk_size=32, cp_context=None)
     o_extra, _ = chunk_kda(**kwargs, **extra, return_intermediate_states=False)
     assert torch.equal(o, o_extra)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_interval_of_any_kind_of_integer(kind: Any) -> None:
+    kwargs = arguments(VARLEN)
+    for x, y in zip(
+        chunk_kda(**kwargs, checkpoint_interval=kind(64)), chunk_kda(**kwargs, checkpoint_interval=64), strict=True
+    ):
+        assert x is y is None or torch.equal(x, y)
+
+
+def test_errors_of_fused_recurrent_kda_name_it() -> None:
+    kwargs = {name: x for name, x in arguments(VARLEN).items() if name != "safe_gate"}
+    with pytest.raises(TypeError, match=r"fused_recurrent_kda\(\) got an unexpected keyword argument 'head_first'"):
+        fused_recurrent_kda(**kwargs, head_first=False)
+    with pytest.raises(
+        NotImplementedError, match="return_intermediate_states is True: must be False .* has output_token_states"
+    ):
+        fused_recurrent_kda(**kwargs, return_intermediate_states=True)
+    assert len(fused_recurrent_kda(**kwargs, return_intermediate_states=False)) == 2
 
 
 def test_fla_old_name_of_state_v_first() -> None:

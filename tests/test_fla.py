@@ -214,6 +214,18 @@ def test_decoding_declines(changes: dict[str, Any], why: str, fla: Any, kernel: 
     assert not accepted and reason is not None and why in reason and not kernel
 
 
+def test_a_gpu_of_rocm_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in stand_in().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "kda_cute.fla", raising=False)
+    module = importlib.import_module("kda_cute.fla")
+    monkeypatch.delitem(sys.modules, "kda_cute.fla")
+    monkeypatch.setattr(module.ops, "_gpu", lambda index: ((9, 0), "a GPU"))
+    assert module._is_hopper(0)
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    assert not module._is_hopper(0)
+
+
 def test_off_by_environment(fla: Any, kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setenv("FLA_KDA_CUTE", "0")
     with pytest.raises(Exception):  # noqa: B017 - fla's own path, which has no GPU here
@@ -259,3 +271,15 @@ def test_backward_by_fla(case: Case, kernel: list[Any], monkeypatch: pytest.Monk
     (options,) = seen
     assert options["initial_state"].dtype == options["A_log"].dtype == torch.float32
     assert options["dt_bias"].shape == (H * D,) and "backend" not in options
+
+
+def test_backward_by_fla_looks_at_cu_seqlens(kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """fla's kernels would write where it says, outside of the gradients too."""
+    monkeypatch.setattr(library, "_fla", lambda: pytest.fail)
+    monkeypatch.setattr(OnGpu, "detach", lambda self: torch.Tensor.detach(self).as_subclass(OnGpu), raising=False)
+    kwargs = make(PACKED).kwargs
+    kwargs["v"].requires_grad_()
+    kwargs["cu_seqlens"] = torch.tensor([0, 7, T + 1])
+    o, _ = chunk_kda(**on_gpu(kwargs))
+    with pytest.raises(ValueError, match=r"cu_seqlens\[2\] is 21: must be at most T = 20"):
+        o.float().sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,37 @@ def modules_after(code: str) -> set[str]:
 )
 def test_no_cutlass(code):
     assert not modules_after(code) & {"cutlass", "tvm_ffi", "triton"}
+
+
+def test_importing_registers_the_operators_and_little_else():
+    """torch is the most of it: what comes beside it is a handful of this package's own modules."""
+    torch_alone = modules_after("import torch")
+    more = modules_after("import torch, kda_cute; torch.ops.kda_cute.chunk_kda.default") - torch_alone
+    assert {name.split(".")[0] for name in more} <= {"kda_cute"} | set(sys.stdlib_module_names)
+    assert "kda_cute.library" in more and not any(name.startswith("kda_cute.kernels") for name in more)
+
+
+BROKEN = {
+    "missing": "raise ModuleNotFoundError('No module named torch')",
+    "broken": "raise OSError('libtorch_cpu.so: cannot open shared object file')",
+    "too old": "__version__ = '2.1.0'",
+}
+
+
+@pytest.mark.parametrize("torch_module", BROKEN.values(), ids=BROKEN)
+def test_without_a_torch_that_works(torch_module, tmp_path):
+    """The package and its doctor can be had, the operations say what is wrong."""
+    (tmp_path / "torch.py").write_text(torch_module)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "KDA_CUTE_CACHE_DIR": str(tmp_path)}
+
+    def run(*argv):
+        return subprocess.run([sys.executable, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert run("-c", "import kda_cute; print(kda_cute.__version__)").returncode == 0
+    table = run("-m", "kda_cute", "doctor").stdout
+    assert "verdict" in table and "torch" in table
+    done = run("-c", "from kda_cute import chunk_kda")
+    assert done.returncode != 0 and "torch" in done.stderr.splitlines()[-1]
 
 
 def test_public_names():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kda_cute import chunk_kda, chunk_kda_summary, fwd, library
+from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd, library
 from kda_cute.reference import recurrence
 from tests.strategies import Case, make
 
@@ -187,6 +192,66 @@ def test_compiled_writes_what_it_is_given_and_no_more() -> None:
     assert (wrote[0][:, PACKED.cuts[-1] :] == 7).all() and not torch.equal(wrote[1], state)
 
 
+NUMBERS = {
+    "item": lambda x: torch.tensor(x).item(),
+    "numpy 32": np.float32,
+    "numpy 64": np.float64,
+    "int": lambda x: round(4 * x),
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+def test_compiled_numbers(number: Any) -> None:
+    """scale and lower_bound of every kind that a call as it is takes."""
+    kwargs = make(FIXED).kwargs
+
+    def call(scale: Any, lower_bound: Any) -> Any:
+        return chunk_kda(**{**kwargs, "scale": scale, "lower_bound": lower_bound})
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # the default of newer torch
+        for scale, lower_bound in ((0.75, -0.75), (0.5, -1.25)):
+            given = number(scale), number(lower_bound)
+            torch.testing.assert_close(compiled(*given), call(*given), rtol=0, atol=0)
+
+
+def test_compiled_scale_that_is_computed() -> None:
+    """By .item() in the graph: one compilation for all values; the checks of eager calls, when it runs."""
+    kwargs = make(FIXED).kwargs
+
+    def call(scale: torch.Tensor, bound: torch.Tensor, states: bool = False) -> Any:
+        given = {**kwargs, "scale": scale.item(), "lower_bound": bound.item()}
+        if not states:
+            return chunk_kda(**given)
+        given.pop("safe_gate")
+        with torch.no_grad():
+            return fused_recurrent_kda(**given)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # the default of newer torch
+        for states in (False, True):
+            counter = CompileCounterWithBackend("aot_eager")
+            compiled = torch.compile(call, backend=counter, fullgraph=True)
+            for scale, bound in ((0.3, -5.0), (0.7, -2.0)):
+                given = torch.tensor(scale), torch.tensor(bound), states
+                torch.testing.assert_close(compiled(*given), call(*given), rtol=0, atol=0)
+            assert counter.frame_count == 1
+            with pytest.raises(Exception, match=r"lower_bound is -6.0: must be in \[-5, 0\)"):
+                compiled(torch.tensor(0.3), torch.tensor(-6.0), states)
+
+
+@pytest.mark.filterwarnings("ignore:transpose_state_layout is deprecated")
+def test_compiled_with_the_old_name_of_state_v_first() -> None:
+    kwargs = make(FIXED).kwargs
+    kwargs["initial_state"] = kwargs["initial_state"].transpose(-1, -2).contiguous()
+    kwargs.pop("state_v_first")
+    for call in (chunk_kda, fused_recurrent_kda):
+        given = kwargs if call is chunk_kda else {name: x for name, x in kwargs.items() if name != "safe_gate"}
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        for old in (True, 1):
+            got = compiled(**given, transpose_state_layout=old)
+            torch.testing.assert_close(got, call(**given, state_v_first=True), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_outputs_and_gradients_exclude_one_another(compiled: bool) -> None:
     kwargs = with_leaves(make(FIXED).kwargs)
@@ -276,3 +341,35 @@ def test_export() -> None:
     arguments = tuple(x[name].contiguous() for name in ("q", "k", "v", "g", "beta"))
     exported = torch.export.export(Layer(), arguments).module()
     torch.testing.assert_close(exported(*arguments), Layer()(*arguments), rtol=0, atol=0)
+
+
+def test_a_saved_program_needs_no_more_than_the_package(tmp_path: Path) -> None:
+    """Its operators are there after `import kda_cute`, without cutlass."""
+
+    class Layer(torch.nn.Module):
+        def forward(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
+        ) -> Any:
+            o, S = chunk_kda(q, k, v, g, beta, 0.5, safe_gate=True, output_final_state=True)
+            if torch.__version__.startswith("2.4."):
+                return o, S  # loads no operator that writes
+            out, final = torch.empty_like(v), torch.empty_like(S)
+            chunk_kda(q, k, v, g, beta, safe_gate=True, out=out, final_state=final)
+            return o, S, out, final, fused_recurrent_kda(q, k, v, g, beta)[0]
+
+    x = make(LOG).kwargs
+    arguments = tuple(x[name].contiguous() for name in ("q", "k", "v", "g", "beta"))
+    torch.export.save(torch.export.export(Layer(), arguments), tmp_path / "layer.pt2")
+    torch.save((arguments, Layer()(*arguments)), tmp_path / "call.pt")
+    program = """
+import sys, torch, kda_cute
+program = torch.export.load("layer.pt2").module()
+arguments, want = torch.load("call.pt")
+torch.testing.assert_close(program(*arguments), want)
+assert not {"cutlass", "tvm_ffi"} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
