@@ -41,6 +41,15 @@ def test_is_the_recurrence(case: Case) -> None:
         torch.testing.assert_close(S, S_true.to(S.dtype), rtol=0, atol=0, equal_nan=True)
 
 
+def test_tokens_of_no_sequence_leave_zeros() -> None:
+    case = Case(3, (3, 0, 2), "int32", tail=4, H=2, K=16, V=8, initial_state="fp32")
+    states = torch.full((1, case.T, 2, 16, 8), float("nan"))
+    out = torch.full((1, case.T, 2, 8), float("nan"), dtype=torch.bfloat16)
+    fused_recurrent_kda(**call_of(case), out=out, token_states=states)
+    for x in (out, states):
+        assert (x[:, 5:] == 0).all() and (x[:, :5] != 0).any()
+
+
 def test_arguments_come_in_the_order_of_fla() -> None:
     names = (
         "q k v g beta A_log dt_bias scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel "
