@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--commit", help="what the rows say, where this is a copy without .git")
     parser.add_argument("--check", action="store_true", help="only say whether the benchmark can run here")
     options = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print(
             f"the benchmark needs a Hopper GPU (H100, H200) and a CUDA build of torch; here: {_found()}.\n"
             f"Peers that are installed are measured too: pip install '.[bench]' brings fla and cuDNN's.",
