@@ -55,7 +55,7 @@ def plain(call: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Ranges]:
         try:
             ranges[name] = _range(name, x)
         except Exception:
-            _refuse_but_for_torch(name, x, call)
+            _refuse_but_for_torch(name, x)
         if x is not call[name]:
             changed[name] = x
             if name in WRITTEN:
@@ -115,20 +115,14 @@ def _empty_like(v: torch.Tensor, *, memory_format: torch.memory_format) -> torch
         return torch.empty_like(v, memory_format=memory_format)
 
 
-def _refuse_but_for_torch(name: str, x: torch.Tensor, call: Mapping[str, Any]) -> None:
+def _refuse_but_for_torch(name: str, x: torch.Tensor) -> None:
     """Called where an error about the memory of x is handled, which goes on if there is nothing better to say."""
     if x.layout is not torch.strided:
         raise TypeError(f"{name} has layout {x.layout}: must be torch.strided") from None
     if torch._is_functional_tensor(x):
         raise TypeError(f"{name} is a functional tensor: must be a tensor with memory of its own") from None
-    if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if not torch._C._functorch.is_functorch_wrapped_tensor(x):  # those `ops.run` looks at itself
         raise
-    backend, first = call.get("backend"), next(y for y in call.values() if isinstance(y, torch.Tensor))
-    if backend != "reference" and not (backend is None and first.is_cpu):
-        raise TypeError(
-            f"{name} is a tensor inside a transform of torch.func: must be plain memory for the kernel; "
-            f'backend="reference", made of torch\'s functions, takes it'
-        ) from None
 
 
 def _unwrapped(name: str, x: Any) -> torch.Tensor:

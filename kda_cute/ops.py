@@ -76,7 +76,8 @@ def chunk_kda(
         cu_seqlens: [N + 1], int32 or int64, on the device of q: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1]
             of the one batch entry. It starts at 0, never decreases and ends at T or before. o of tokens of no sequence
             is zero, also where its values are wrong. The GPU path never reads it back to the host.
-        A_log: [HV] or [1, 1, HV, 1]. dt_bias: [HV * K] or [HV, K]. Both only with use_gate_in_kernel, both may be None with lower_bound.
+        A_log: [HV] or [1, 1, HV, 1]. dt_bias: [HV * K] or [HV, K]. Both only with use_gate_in_kernel, both may be None
+            with lower_bound.
         state_indices: [N], int32. initial_state then is a pool of P states, [P, HV, ...]: sequence n begins with state
             state_indices[n] and leaves its last one there, in place; with a negative index it begins with zero and
             leaves none. No two sequences may have the same state. The final state in the result is the pool.

@@ -126,14 +126,6 @@ def test_transform_of_the_reference() -> None:
     assert torch.equal(got[0], chunk_kda(**call)[0])
 
 
-def test_transform_of_the_kernel(launches: list[Any]) -> None:  # noqa: F811
-    kwargs = {**full(FIXED), "out": None}
-    make_known(kwargs, launches)
-    with pytest.raises(TypeError, match="^v is a tensor inside a transform of torch.func"):
-        torch.func.vmap(lambda v: chunk_kda(**{**kwargs, "v": v})[0])(kwargs["v"][None])
-    assert not launches
-
-
 # ---- what is written
 
 
