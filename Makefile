@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
 MINUTES ?= 10
 
-.PHONY: demo test gpu-test sanitize bench fuzz lint format types inspect doctor clean
+.PHONY: demo test gpu-test sanitize bench fuzz lint format types inspect sass-diff doctor clean
 
 demo: $(STAMP)  ## KDA's error and speed, a small Kimi Linear that answers from a long context; on a Hopper GPU, else the CPU
 	$(BIN)/python -m kda_cute demo
@@ -46,6 +46,9 @@ types: $(STAMP)
 
 inspect: $(STAMP)  ## registers, shared memory, spills and instruction counts of every kernel; no GPU needed
 	$(BIN)/python -m kda_cute inspect
+
+sass-diff: $(STAMP)  ## whether machine code is that of a commit: BASE=HEAD~1 (ARGS="CONFIG ..." for some); no GPU needed
+	$(BIN)/python -m tests.sass_diff $(BASE) $(ARGS)
 
 doctor: $(STAMP)
 	$(BIN)/python -m kda_cute doctor

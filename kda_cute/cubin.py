@@ -110,6 +110,11 @@ def kernels(cubin: bytes) -> list[Kernel]:
     return result
 
 
+def texts(cubin: bytes) -> dict[str, bytes]:
+    """Kernel name -> its instructions as they are."""
+    return {name.removeprefix(".text."): x for name, x in _sections(cubin).items() if name.startswith(".text.")}
+
+
 def disassembly(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
