@@ -19,29 +19,11 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import ptx
+from . import ptx, schedule
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
-from .fwd_sm90 import (
-    AT_BEGIN,
-    AT_END,
-    AT_LENGTH,
-    AT_WARM,
-    BOX,
-    COMPARED,
-    DECAY,
-    FORGOTTEN,
-    NORM,
-    PLAN,
-    SEGMENT,
-    SPAN,
-    SYSTEM,
-    SYSTEMS,
-    TABLES,
-    C,
-    D,
-    KdaFwdSm90,
-    fake_tensors,
-)
+from .fwd_sm90 import FORGOTTEN, KdaFwdSm90, fake_tensors
+from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D
+from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, COMPARED, PLAN, SEGMENT, SPAN
 
 ROWS = 16  # of the state, in a block of `chain`
 # Above, products and sums of the chunks in between may overflow where those with a map of all of them do not, and what
@@ -155,7 +137,7 @@ class KdaBuildSm90(KdaFwdSm90):
         H, T = cute.size(g.shape[2]), cute.size(g.shape[0])
         first = cute.arch.block_idx()[0] // 2 * 2  # of this cluster's two workers
         for i in cutlass.range_constexpr(2):
-            self.share(sPlan + i * PLAN, items, H, T, cu_seqlens, workspace, flags, first + i, workers)
+            schedule.share(sPlan + i * PLAN, items, H, T, cu_seqlens, workspace, flags, first + i, workers)
         cute.arch.sync_threads()
         self.choose(
             g, sPlan, sList, first, items, H, T, A_log, dt_bias, cu_seqlens, workspace, workers, lower_bound, flags
@@ -227,7 +209,7 @@ class KdaBuildSm90(KdaFwdSm90):
         plan, worker, nth = sPlan + wg // 2 % 2 * PLAN, first + wg // 2, wg % 2
         weak = Int32(0)
         if (wg < 4) & (ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END)):
-            _, start, tokens, h, b, _, fate, span, _ = self.find_piece(
+            _, start, tokens, h, b, _, fate, span, _ = schedule.find_piece(
                 ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
             )
             if (fate & COMPARED) != 0:
@@ -438,13 +420,13 @@ class KdaBuildSm90(KdaFwdSm90):
         for i in cutlass.range(1 + cute.arch.lane_idx(), workers, 32, unroll=4):
             any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
         if ptx.uniform(any_given) > 0:  # often there are none
-            self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
+            schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
             if thread < 8:
                 ptx.sts_i32(sExtreme + thread * 4, Int32(0))
             cute.arch.sync_threads()
             begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
             if begin < end:
-                numbers = self.find_piece(
+                numbers = schedule.find_piece(
                     end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
                 )
                 nh, fate, last = self.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN

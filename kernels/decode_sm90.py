@@ -19,7 +19,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
-from . import ptx
+from . import ptx, schedule
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
 from .fwd_sm90 import EPS, G_SCALE, LOG2_1P, LOG2_E, USUAL, KdaFwdSm90, fake_tensors
 
@@ -98,15 +98,15 @@ class KdaDecodeSm90(KdaFwdSm90):
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
         T, H, h_k = cute.size(mV.shape[1]), cute.size(mV.shape[2]), Int32(Int64(h) * of_group >> 31)
-        start, tokens, b = self.sequence(cutlass.min(n, N - 1), cu_seqlens, flags, T)
+        start, tokens, b = schedule.sequence(cutlass.min(n, N - 1), cu_seqlens, flags, T)
         place = self.pooled(cutlass.min(n, N - 1), Int32(1), state_indices, P)
         if n >= N:
             tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
         rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
         if (cu_seqlens != 0) & (n < N):
-            rest = self.cut(Int32(0), cu_seqlens, flags, T) + T - self.cut(N, cu_seqlens, flags, T)
-            if self.cut(n, cu_seqlens, flags, T) > self.cut(n + 1, cu_seqlens, flags, T):
+            rest = schedule.cut(Int32(0), cu_seqlens, flags, T) + T - schedule.cut(N, cu_seqlens, flags, T)
+            if schedule.cut(n, cu_seqlens, flags, T) > schedule.cut(n + 1, cu_seqlens, flags, T):
                 rest, me, of = Int32(1), Int32(0), Int32(1)
 
         inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
@@ -152,7 +152,9 @@ class KdaDecodeSm90(KdaFwdSm90):
         if rest > 0:
             for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
                 S[i] = Float32(0.0)
-            self.clear_rest((S, mO, token_states, h, H, part, warp, lane, flags), cu_seqlens, N, T, flags, me, of)
+            schedule.clear_rest(
+                self.clear, (S, mO, token_states, h, H, part, warp, lane, flags), cu_seqlens, N, T, flags, me, of
+            )
 
     @cute.jit
     def clear(self, target, t: Int32):

@@ -38,67 +38,68 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import ptx
+from . import ptx, schedule
 from .config import (
     BETA_BF16,
     BETA_FP16,
     BETA_SIGMOID,
     CHECKPOINTS_BF16,
-    CU_INT64,
     FINAL_BF16,
     INITIAL_BF16,
-    ITEM_COST,
     L2NORM,
-    LISTED,
     MAPS_BUILT,
     NEG_EIGVAL,
     STATE_BYTES,
     STATE_V_FIRST,
     KdaFwdConfig,
     maps_at,
-    part,
     words_bytes,
+)
+from .layout import (
+    A_ROW,
+    ANCHORS,
+    BOX,
+    DECAY,
+    NORM,
+    PAIR_BAR,
+    QUAD,
+    SQUARES,
+    STATE_BAR,
+    SUB,
+    SYSTEM,
+    SYSTEMS,
+    TABLES,
+    C,
+    D,
+)
+from .schedule import (
+    AGAIN,
+    AT_COUNT,
+    AT_END,
+    AT_GUESSED,
+    AT_HASHES,
+    AT_PIECES,
+    AT_SEGMENT,
+    AT_WARM_UP,
+    BUILT,
+    COMPARED,
+    FINAL,
+    HANDED_ON,
+    KEPT,
+    PIECE,
+    PIECES,
+    PLAN,
+    SEGMENT,
+    SPAN,
+    TAKEN_OVER,
+    WARM_UP,
 )
 
 LOG2_E = 1.4426950408889634
 EPS = 1e-6  # of the l2 norm, as in fla
 
-C = 32  # tokens in a chunk
-SUB = 16  # tokens of a block of the warps' products
-QUAD = 8  # and of a block of what they make
-D = 128  # channels of keys and of values at most; of 64 keys' channels the others are zero
-BOX = 4096  # bytes of a TMA box: 32 tokens of 128 bytes
-# Named barriers: one for each pair of `prepare`'s warps, one for each state warpgroup.
-PAIR_BAR, STATE_BAR = 1, 5
-
-# Tables of a stage, in bytes from its start.
-DECAY = 0  # fp32 [128]: 2^G_C
-NORM = D * 4  # fp32 [3, 32]: 1 / |k_i|, scale / |q_i|, beta_i (with neg_eigval)
-TABLES = NORM + 3 * C * 4
-# The linear systems on their way from `prepare` to `invert`.
-SYSTEMS = 2  # places, which chunks take in turn
-A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
-SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
-SYSTEM = SQUARES + 3 * C * 4
-ANCHORS = 4 * 512  # of 64 channels, where T and M will be: see `anchors`
-# The plan: of each listed sequence its place on the line of `share`, first token and tokens; sums of warps; of the part
-# of this worker the end, the begin, the number of pieces, its last and first sequence; the pieces that come next.
-PIECES = 8  # so many: more than there are stages, for sequences of a chunk or less
-AT_STARTS, AT_TOKENS, AT_WARPS = 4 * LISTED, 8 * LISTED, 12 * LISTED
-AT_END = AT_WARPS + 8 * LISTED // 32
-AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM, AT_SEGMENT, AT_GUESSED = (
-    AT_END + 4 * i for i in range(1, 9)
-)
-AT_WARM_UP = AT_END + 36  # the first token of the warm-up
-AT_HASHES = AT_END + 48  # of the states that a piece ends and a segment begins with, of each of 8 warps
-AT_PIECES = AT_HASHES + 2 * 8 * 8
-PIECE = 48  # bytes: what find_piece returns; then, for checkpoints, chunks of the sequence before, number of its first
-PLAN = AT_PIECES + PIECE * PIECES
-# What becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do for it.
-FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED, BUILT = (1 << i for i in range(9))
 # Words in the workspace; what lies there before hardly looks like them.
 HANDED, NOT_NEEDED, GUESSED, EXACT, GIVEN = (0x6B64615F68616E64 + i for i in range(5))
-SPAN = 1 << 16  # first worker and SPAN times the last one
 # What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
 # guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
 FORGOTTEN = 2.0**-48
@@ -288,7 +289,7 @@ class KdaFwdSm90:
 
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
-        self.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *self.worker())
+        schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *self.worker())
         work = (sPlan, listed, taken)  # what all roles walk through, see `piece`
         cute.arch.sync_threads()
         if const_expr(self.blocks == 2):  # the barriers are there
@@ -305,7 +306,7 @@ class KdaFwdSm90:
                     most_workers, flags,
                 )  # fmt: skip
                 if cu_seqlens != 0:
-                    self.clear_rest((mO, H), cu_seqlens, items // H, T, flags, *ptx.block())
+                    schedule.clear_rest(self.clear, (mO, H), cu_seqlens, items // H, T, flags, *ptx.block())
             elif warp == 1:
                 self.invert(
                     ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
@@ -343,101 +344,6 @@ class KdaFwdSm90:
 
     # ------------------------------------------------------------------ who does what
 
-    @cute.jit
-    def share(
-        self, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32,
-        worker: Int32, workers: Int32,
-    ):  # fmt: skip
-        """A worker's part of a line on which all items, the (sequence, head)s, lie one behind the other, each as long
-        as its chunks and ITEM_COST: left in shared memory, with the number of pieces in it. A worker is a block, or
-        the blocks that share a head.
-
-        An item that lies across a border is cut there, if there is a workspace to hand its state on by; all workers
-        then take equally long (McNaughton's wrap-around rule). They walk their parts from the end to the beginning. So
-        the first piece of an item is what its worker begins with, the second what the next worker ends with, which
-        hardly waits, and for none but a block with a lower index.
-
-        Are parts shorter than an item, then the pieces of it that do not begin it are segments. A worker has one at
-        most, its last piece; it is listed three times: to warm up, to run, and to run again if need be.
-
-        Without a workspace, places on the line are items, which are dealt out in turn.
-        """
-        n, lane, warp = cute.arch.thread_idx()[0], cute.arch.lane_idx(), cute.arch.warp_idx()
-        end, begin = cute.ceil_div(items - worker, workers), Int32(0)
-        count, length, warm, first_chunk = end, Int32(0), Int32(0), Int32(0)
-        if workspace != 0:
-            unit = cute.ceil_div(T, C) + ITEM_COST
-            total = items * unit
-            if cu_seqlens != 0:
-                start, tokens, mine = Int32(0), Int32(0), Int32(0)
-                unit = Int32(0)
-                if n < items // H:
-                    start, tokens, _ = self.sequence(n, cu_seqlens, flags, T)
-                    unit = cute.ceil_div(tokens, C) + ITEM_COST
-                    mine = unit * H
-                upto = mine
-                for i in cutlass.range_constexpr(5):
-                    before = cute.arch.shuffle_sync_up(upto, 1 << i, mask_and_clamp=0)
-                    if lane >= 1 << i:
-                        upto += before
-                    unit = cutlass.max(unit, cute.arch.shuffle_sync_bfly(unit, 1 << i))
-                if (lane == 31) & (warp < LISTED // 32):
-                    ptx.sts_i32(sPlan + AT_WARPS + warp * 8, upto)
-                    ptx.sts_i32(sPlan + AT_WARPS + warp * 8 + 4, unit)
-                cute.arch.sync_threads()
-                total = Int32(0)
-                before = Int32(0)
-                for i in cutlass.range_constexpr(LISTED // 32):
-                    if warp == i:
-                        before = total
-                    total += ptx.lds_i32(sPlan + AT_WARPS + i * 8)
-                    unit = cutlass.max(unit, ptx.lds_i32(sPlan + AT_WARPS + i * 8 + 4))
-                upto += before
-                end, begin, length, warm = self.part(total, unit, worker, workers)
-                if n < items // H:
-                    ptx.sts_i32(sPlan + n * 4, upto - mine)
-                    ptx.sts_i32(sPlan + AT_STARTS + n * 4, start)
-                    ptx.sts_i32(sPlan + AT_TOKENS + n * 4, tokens)
-                    for x, at in ((end - 1, AT_LAST), (begin, AT_FIRST)):
-                        if (upto - mine <= x) & (x < upto):
-                            ptx.sts_i32(sPlan + at, n)
-                cute.arch.sync_threads()
-                count = Int32(0)
-                if begin < end:
-                    first, last = ptx.lds_i32(sPlan + AT_FIRST), ptx.lds_i32(sPlan + AT_LAST)
-                    count = (last - first) * H + 1
-                    count += self.head_at(end - 1, last, sPlan) - self.head_at(begin, first, sPlan)
-                    unit = cute.ceil_div(ptx.lds_i32(sPlan + AT_TOKENS + first * 4), C) + ITEM_COST
-                    first_chunk = ptx.lds_i32(sPlan + first * 4) + ITEM_COST
-                    first_chunk += self.head_at(begin, first, sPlan) * unit
-            else:
-                end, begin, length, warm = self.part(total, unit, worker, workers)
-                count = cutlass.max((end - 1) // unit - begin // unit + 1, 0)
-                first_chunk = begin // unit * unit + ITEM_COST
-        if n == 0:
-            ptx.sts_i32(sPlan + AT_END, end)
-            ptx.sts_i32(sPlan + AT_BEGIN, begin)
-            ptx.sts_i32(sPlan + AT_LENGTH, length)
-            ptx.sts_i32(sPlan + AT_WARM, warm)
-            segment = Int32((warm > 0) & (begin > first_chunk) & (begin < end))
-            ptx.sts_i32(sPlan + AT_SEGMENT, segment)
-            count += 2 * segment
-            ptx.sts_i32(sPlan + AT_COUNT, count)
-
-    def part(self, total: Int32, longest: Int32, worker: Int32, workers: Int32):
-        """A worker's part of the line: (end, begin, length, chunks by which segments begin early)."""
-
-        def choose(condition, a, b):
-            return b + (a - b) * Int32(condition)
-
-        length, warm = part(total, longest, workers, cutlass.max, choose)
-        return cutlass.min((worker + 1) * length, total), worker * length, length, warm
-
-    def head_at(self, at: Int32, seq: Int32, sPlan: Int32):
-        """Whose head of a listed sequence is at a place of the line."""
-        chunks = cute.ceil_div(ptx.lds_i32(sPlan + AT_TOKENS + seq * 4), C)
-        return (at - ptx.lds_i32(sPlan + seq * 4)) // (chunks + ITEM_COST)
-
     def worker(self):
         """(which, of how many)"""
         return cute.arch.block_idx()[0] // self.blocks, cute.arch.grid_dim()[0] // self.blocks
@@ -450,70 +356,6 @@ class KdaFwdSm90:
     def first_own(self, n: Int32, phase: Int32, period: int):
         """Of the chunks from the n-th on the first that is the phase-th of its period."""
         return n + (phase - n % period + period) % period
-
-    @cute.jit
-    def find_piece(
-        self, at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
-        flags: Int32, warmed_up: Int32, worker: Int32, workers: Int32,
-    ):  # fmt: skip
-        """The piece that ends at place `at` of the line: (where the next one ends; first token, tokens, head, batch,
-        number of the state, what becomes of it, workers that have pieces of the item, chunks of the sequence before
-        it). If it is a segment, its warm-up comes first."""
-        at -= 1
-        next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(FINAL), Int32(0)
-        item = at * workers + worker
-        seq = item // H
-        h = item - seq * H
-        start, tokens, b = Int32(0), T, seq
-        base, unit = Int32(0), cute.ceil_div(T, C) + ITEM_COST
-        if workspace == 0:
-            start, tokens, b = self.sequence(seq, cu_seqlens, flags, T)
-        else:
-            if cu_seqlens == 0:
-                item = at // unit
-                seq = item // H
-                h = item - seq * H
-                b = seq
-                base = item * unit
-            else:
-                seq = ptx.lds_i32(sPlan + AT_LAST)
-                while ptx.lds_i32(sPlan + seq * 4) > at:
-                    seq -= 1
-                h = self.head_at(at, seq, sPlan)
-                start, b = ptx.lds_i32(sPlan + AT_STARTS + seq * 4), Int32(0)
-                tokens = ptx.lds_i32(sPlan + AT_TOKENS + seq * 4)
-                unit = cute.ceil_div(tokens, C) + ITEM_COST
-                base = ptx.lds_i32(sPlan + seq * 4) + h * unit
-            next_at = cutlass.max(base, ptx.lds_i32(sPlan + AT_BEGIN))
-            skipped = cutlass.max(next_at - base - ITEM_COST, 0)  # chunks of the item before the piece
-            if at + 1 < base + unit:
-                upto = cutlass.max(at + 1 - base - ITEM_COST, 0)
-                fate = Int32(0)
-                if upto > 0:
-                    fate = Int32(HANDED_ON)
-                    if ptx.lds_i32(sPlan + AT_WARM) > 0:
-                        fate = Int32(HANDED_ON | COMPARED)
-                        span = self.span(base, unit, sPlan)
-        tokens = cutlass.min(tokens, upto * C)
-        if skipped > 0:
-            warm = cutlass.min(ptx.lds_i32(sPlan + AT_WARM), skipped)
-            if warm == 0:
-                fate += TAKEN_OVER
-            else:
-                span = self.span(base, unit, sPlan)
-                next_at = at + 1
-                if warmed_up == 0:
-                    fate = Int32(WARM_UP)
-                    tokens = skipped * C
-                    skipped -= warm
-                else:
-                    fate = (fate & ~FINAL) | SEGMENT
-        return next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span, skipped
-
-    def span(self, base: Int32, unit: Int32, sPlan: Int32) -> Int32:
-        """The workers that have pieces of an item: the first and SPAN times the last."""
-        length = ptx.lds_i32(sPlan + AT_LENGTH)
-        return (base + ITEM_COST) // length + (base + unit - 1) // length * SPAN
 
     def count(self, work) -> Int32:
         """Of a worker's pieces."""
@@ -531,64 +373,6 @@ class KdaFwdSm90:
             numbers += ptx.lds_i32x4(at + 32)[:2]
         cute.arch.mbarrier_arrive(taken + nth % PIECES)
         return tuple(ptx.uniform(x) for x in numbers)
-
-    @cute.jit
-    def sequence(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32):
-        """(first token, tokens, batch) of sequence n. Wrong cu_seqlens give shorter sequences, no wrong address."""
-        start, end, b = Int32(0), T, n
-        if cu_seqlens != 0:
-            if (flags & CU_INT64) != 0:
-                cu64 = cute.make_tensor(cute.make_ptr(Int64, cu_seqlens, cute.AddressSpace.gmem), cute.make_layout(2))
-                start = self.clamp(cu64[n], T)
-                end = self.clamp(cu64[n + 1], T)
-            else:
-                cu32 = cute.make_tensor(cute.make_ptr(Int32, cu_seqlens, cute.AddressSpace.gmem), cute.make_layout(2))
-                start = self.clamp(Int64(cu32[n]), T)
-                end = self.clamp(Int64(cu32[n + 1]), T)
-            end = cutlass.max(start, end)
-            b = Int32(0)
-        return start, end - start, b
-
-    def clamp(self, x: Int64, T: Int32) -> Int32:
-        return Int32(cutlass.min(cutlass.max(x, Int64(0)), Int64(T)))
-
-    # ------------------------------------------------------------------ tokens of no sequence
-
-    @cute.jit
-    def cut(self, n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32) -> Int32:
-        """cu_seqlens[n], moved into 0 .. T."""
-        x = Int32(0)
-        if (flags & CU_INT64) != 0:
-            x = self.clamp(ptx.ldg_i64(cu_seqlens + Int64(n) * 8), T)
-        else:
-            x = self.clamp(Int64(ptx.ldg_i32(cu_seqlens + Int64(n) * 4)), T)
-        return x
-
-    @cute.jit
-    def clear_rest(self, target, cu_seqlens: Int64, N: Int32, T: Int32, flags: Int32, me: Int32, of: Int32):
-        """A warp's share, `me` of `of`, of the tokens that no sequence has: see `clear`.
-
-        They lie before the first cut or behind the last one. If cuts decrease any may be one, which is looked up.
-        """
-        lane, last = cute.arch.lane_idx(), self.cut(N, cu_seqlens, flags, T)
-        first, ordered = self.cut(Int32(0), cu_seqlens, flags, T), Int32(1)
-        for n in cutlass.range(lane, N, 32, unroll=1):
-            if self.cut(n, cu_seqlens, flags, T) > self.cut(n + 1, cu_seqlens, flags, T):
-                ordered = Int32(0)
-        ordered = ptx.least(ordered)
-        for t in cutlass.range(me, T, of, unroll=1):
-            if (t < first) | (t >= last) | (ordered == 0):
-                if self.covered(t, cu_seqlens, N, T, flags) == 0:
-                    self.clear(target, t)
-
-    @cute.jit
-    def covered(self, t: Int32, cu_seqlens: Int64, N: Int32, T: Int32, flags: Int32) -> Int32:
-        """How many sequences have a token; a warp looks."""
-        count = Int32(0)
-        for n in cutlass.range(cute.arch.lane_idx(), N, 32, unroll=1):
-            begin, end = self.cut(n, cu_seqlens, flags, T), self.cut(n + 1, cu_seqlens, flags, T)
-            count += Int32((begin <= t) & (t < end))
-        return ptx.sum(count)
 
     @cute.jit
     def clear(self, target, t: Int32):
@@ -659,7 +443,7 @@ class KdaFwdSm90:
             next_checkpoint = Int32(0)
             if nth < count:
                 last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
-                found = self.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.worker())
+                found = schedule.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.worker())
                 if const_expr(self.blocks == 1):
                     found = self.with_map(found, built)
                 if const_expr(self.config.checkpoints):
