@@ -38,19 +38,15 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import ptx, schedule
+from . import ptx, schedule, state_io
 from .config import (
     BETA_BF16,
     BETA_FP16,
     BETA_SIGMOID,
-    CHECKPOINTS_BF16,
-    FINAL_BF16,
-    INITIAL_BF16,
     L2NORM,
     MAPS_BUILT,
     NEG_EIGVAL,
     STATE_BYTES,
-    STATE_V_FIRST,
     KdaFwdConfig,
     maps_at,
     words_bytes,
@@ -1339,8 +1335,8 @@ class KdaFwdSm90:
                 whence = initial_state
                 if ((fate & WARM_UP) != 0) | (nh < 0):
                     whence = Int64(0)
-                self.load_state(acc_s, whence, nh, vs, flags)
-            self.prefetch_state(initial_state, next_nh, vs, flags)
+                state_io.load(acc_s, self.config, whence, nh, vs, flags)
+            state_io.prefetch(self.config, initial_state, next_nh, vs, flags)
             forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
             written = tokens  # of o
             if (fate & WARM_UP) != 0:
@@ -1350,7 +1346,9 @@ class KdaFwdSm90:
                 if const_expr(self.config.checkpoints):
                     before, first = numbers[8] + c, numbers[9]
                     if (before % every == 0) & ((fate & WARM_UP) == 0):
-                        self.store_checkpoint(acc_s, checkpoints, (first + before // every) * H + h, vs, flags)
+                        state_io.store_checkpoint(
+                            acc_s, self.config, checkpoints, (first + before // every) * H + h, vs, flags
+                        )
                 stage, phase, is_own = self.stage_of(n)
                 prepared, inverted = ready + stage, solved + stage
                 if const_expr(self.blocks == 2):
@@ -1437,12 +1435,12 @@ class KdaFwdSm90:
                         self.read_state(acc_s, place, source)
                     elif (fate & SEGMENT) != 0:  # which has guessed
                         begin = ptx.lds_i32(work[0] + AT_WARM_UP)
-                        self.load_state(acc_s, Int64(0), nh, vs, flags)
+                        state_io.load(acc_s, self.config, Int64(0), nh, vs, flags)
                     else:
                         whence = initial_state
                         if nh < 0:
                             whence = Int64(0)
-                        self.load_state(acc_s, whence, nh, vs, flags)
+                        state_io.load(acc_s, self.config, whence, nh, vs, flags)
                     self.token_by_token(acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept)
             if (fate & (COMPARED | AGAIN)) == COMPARED:
                 self.note(acc_s, work[0], 0, wg * 4 + warp, lane)
@@ -1454,7 +1452,7 @@ class KdaFwdSm90:
             if (fate & HANDED_ON) != 0:
                 self.hand_on_state(acc_s, place, fate, guessed, settled[1])
             if ((fate & FINAL) != 0) & (nh >= 0):
-                self.store_state(acc_s, final_state, nh, vs, flags)
+                state_io.store(acc_s, self.config, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def is_finite(self, acc: cute.Tensor) -> Boolean:
@@ -1489,7 +1487,9 @@ class KdaFwdSm90:
                 before, first, every, states = kept
                 c = before + (t - start) // C
                 if (t >= start) & ((t - start) % C == 0) & (c % every == 0):
-                    self.store_checkpoint(acc, states, (first + c // every) * H + h, self.rank() + wg, flags)
+                    state_io.store_checkpoint(
+                        acc, self.config, states, (first + c // every) * H + h, self.rank() + wg, flags
+                    )
             k2, q2, k2_small, q2_small = (Float32(0.0) for _ in range(4))
             for i in cutlass.range(lane, K, 32, unroll=1):
                 k, q = Float32(mK[t, i, h_qk, b]), Float32(mQ[t, i, h_qk, b])
@@ -1561,18 +1561,6 @@ class KdaFwdSm90:
     def to_operand(self, acc: cute.Tensor, frag: cute.Tensor) -> None:
         """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
         self.fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
-
-    @cute.jit
-    def prefetch_state(self, address: Int64, nh: Int32, vs: Int32, flags: Int32):
-        """A warpgroup's half of an initial state, if there is any, into L2. Without a branch: with one, ptxas takes
-        vector registers for all that is uniform in the whole kernel, and spills."""
-        size = Int32(64 * self.config.K * 4)
-        if (flags & INITIAL_BF16) != 0:
-            size = Int32(64 * self.config.K * 2)
-        for i in cutlass.range_constexpr(2):
-            offset = ptx.thread() % 128 * 128 + i * 128 * 128
-            exists = (address != 0) & (nh >= 0) & (offset < size)
-            ptx.prefetch_l2(address + Int64(self.config.V // 64 * nh + vs) * size + Int64(offset), exists)
 
     # ------------------------------------------------------------------ between workers
     #
@@ -1733,66 +1721,6 @@ class KdaFwdSm90:
             s = ptx.lds_f32x2(at + n8 * 32)
             for i in range(4):
                 acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]
-
-    @cute.jit
-    def load_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, flags: Int32):
-        for i in cutlass.range_constexpr(64):
-            acc[i] = Float32(0.0)
-        if address != 0:
-            if (flags & INITIAL_BF16) != 0:
-                if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, address, nh, vs, BFloat16, True, True)
-                else:
-                    self.copy_state(acc, address, nh, vs, BFloat16, False, True)
-            else:
-                if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, address, nh, vs, Float32, True, True)
-                else:
-                    self.copy_state(acc, address, nh, vs, Float32, False, True)
-
-    @cute.jit
-    def store_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, flags: Int32):
-        if address != 0:
-            if (flags & FINAL_BF16) != 0:
-                if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, address, nh, vs, BFloat16, True, False)
-                else:
-                    self.copy_state(acc, address, nh, vs, BFloat16, False, False)
-            else:
-                if (flags & STATE_V_FIRST) != 0:
-                    self.copy_state(acc, address, nh, vs, Float32, True, False)
-                else:
-                    self.copy_state(acc, address, nh, vs, Float32, False, False)
-
-    @cute.jit
-    def store_checkpoint(self, acc: cute.Tensor, address: Int64, number: Int32, vs: Int32, flags: Int32):
-        if (flags & CHECKPOINTS_BF16) != 0:
-            if (flags & STATE_V_FIRST) != 0:
-                self.copy_state(acc, address, number, vs, BFloat16, True, False)
-            else:
-                self.copy_state(acc, address, number, vs, BFloat16, False, False)
-        else:
-            if (flags & STATE_V_FIRST) != 0:
-                self.copy_state(acc, address, number, vs, Float32, True, False)
-            else:
-                self.copy_state(acc, address, number, vs, Float32, False, False)
-
-    def copy_state(self, acc, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool, load: bool) -> None:
-        """A lane's elements of one state in global memory, in the accumulators' order: pairs of channels, which are
-        neighbours in memory if V comes first. Constant offsets from one address, made here of what nothing else shares:
-        hoisted out of the loops, the addresses of all cases were spilled."""
-        K, V = self.config.K, self.config.V
-        sv, sk = (K, 1) if v_first else (1, V)
-        size = dtype.width // 8
-        thread = ptx.thread()
-        v, k = vs * 64 + thread // 32 % 4 * 16 + thread % 32 // 4, thread % 4 * 2
-        base = ptx.address(address, nh, K * V * size) + Int64((v * sv + k * sk) * size)
-        for i in range(0, K // 2, 2):
-            at = base + (i // 2 % 2 * 8 * sv + i // 4 * 8 * sk) * size
-            if load:
-                acc[i], acc[i + 1] = ptx.ldg_pair(at, sk * size, size)
-            else:
-                ptx.stg_pair(at, acc[i], acc[i + 1], sk * size, size)
 
     @cute.jit
     def store_tail(

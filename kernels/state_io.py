@@ -1,0 +1,81 @@
+"""States in global memory: a state warpgroup's 64 value rows, from there into accumulators and back.
+
+config: a KdaFwdConfig, for K and V. nh: the number of the state. vs: which 64 value rows of it.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64
+
+from . import ptx
+from .config import CHECKPOINTS_BF16, FINAL_BF16, INITIAL_BF16, STATE_V_FIRST
+
+
+@cute.jit
+def load(acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
+    """From address, or zeros if there is none."""
+    for i in cutlass.range_constexpr(64):
+        acc[i] = Float32(0.0)
+    if address != 0:
+        move(acc, config, address, nh, vs, INITIAL_BF16, flags, True)
+
+
+@cute.jit
+def store(acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
+    if address != 0:
+        move(acc, config, address, nh, vs, FINAL_BF16, flags, False)
+
+
+def store_checkpoint(acc: cute.Tensor, config, address: Int64, number: Int32, vs: Int32, flags: Int32) -> None:
+    move(acc, config, address, number, vs, CHECKPOINTS_BF16, flags, False)
+
+
+@cute.jit
+def move(
+    acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, is_bf16: cutlass.Constexpr,
+    flags: Int32, from_memory: cutlass.Constexpr,
+):  # fmt: skip
+    """is_bf16: the flag that says so; if it is not set, fp32."""
+    if (flags & is_bf16) != 0:
+        if (flags & STATE_V_FIRST) != 0:
+            copy(acc, config, address, nh, vs, BFloat16, True, from_memory)
+        else:
+            copy(acc, config, address, nh, vs, BFloat16, False, from_memory)
+    else:
+        if (flags & STATE_V_FIRST) != 0:
+            copy(acc, config, address, nh, vs, Float32, True, from_memory)
+        else:
+            copy(acc, config, address, nh, vs, Float32, False, from_memory)
+
+
+def copy(acc, config, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool, load: bool) -> None:
+    """A lane's elements of one state in global memory, in the accumulators' order: pairs of channels, which are
+    neighbours in memory if V comes first. Constant offsets from one address, made here of what nothing else shares:
+    hoisted out of the loops, the addresses of all cases were spilled."""
+    K, V = config.K, config.V
+    sv, sk = (K, 1) if v_first else (1, V)
+    size = dtype.width // 8
+    thread = ptx.thread()
+    v, k = vs * 64 + thread // 32 % 4 * 16 + thread % 32 // 4, thread % 4 * 2
+    base = ptx.address(address, nh, K * V * size) + Int64((v * sv + k * sk) * size)
+    for i in range(0, K // 2, 2):
+        at = base + (i // 2 % 2 * 8 * sv + i // 4 * 8 * sk) * size
+        if load:
+            acc[i], acc[i + 1] = ptx.ldg_pair(at, sk * size, size)
+        else:
+            ptx.stg_pair(at, acc[i], acc[i + 1], sk * size, size)
+
+
+@cute.jit
+def prefetch(config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
+    """A warpgroup's half of an initial state, if there is any, into L2. Without a branch: with one, ptxas takes
+    vector registers for all that is uniform in the whole kernel, and spills."""
+    size = Int32(64 * config.K * 4)
+    if (flags & INITIAL_BF16) != 0:
+        size = Int32(64 * config.K * 2)
+    for i in cutlass.range_constexpr(2):
+        offset = ptx.thread() % 128 * 128 + i * 128 * 128
+        exists = (address != 0) & (nh >= 0) & (offset < size)
+        ptx.prefetch_l2(address + Int64(config.V // 64 * nh + vs) * size + Int64(offset), exists)
