@@ -19,7 +19,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import ptx, schedule
+from . import ptx, schedule, segments
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .fwd_sm90 import FORGOTTEN, KdaFwdSm90, fake_tensors
 from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D
@@ -237,7 +237,7 @@ class KdaBuildSm90(KdaFwdSm90):
             for i in cutlass.range_constexpr(2):
                 own, then = self.any_of(sList + 128 + 32 * i), self.any_of(sList + 144 + 32 * i)
                 if (first + i + 1 < workers) & (self.rank() == 0):
-                    ptx.stg_i32(self.map_word(workspace, workers, first + i + 1), own)
+                    ptx.stg_i32(segments.map_word(workspace, workers, first + i + 1), own)
                 if (own | then) != 0:
                     for j in cutlass.range_constexpr(2):
                         numbers = ptx.lds_i32x4(sList + 32 * (2 + i) + 16 * j)
@@ -395,7 +395,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 for bar in (empty + n // 2 % self.own_stages, left):
                     ptx.remote_arrive(bar.toint(), rank ^ 1, (lane == 0) & (not is_own))
                 n += 1
-            at = self.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)
+            at = segments.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)
             for i in cutlass.range_constexpr(16):
                 ptx.stg_f32x4(at + i * 2048, tuple(acc_s[4 * i + j] for j in range(4)))
 
@@ -418,7 +418,7 @@ class KdaBuildSm90(KdaFwdSm90):
         thread, worker, part = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.block_idx()[1]
         any_given = Int32(0)
         for i in cutlass.range(1 + cute.arch.lane_idx(), workers, 32, unroll=4):
-            any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
+            any_given |= ptx.ldg_i32(segments.map_word(workspace, workers, i))
         if ptx.uniform(any_given) > 0:  # often there are none
             schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, worker, workers)
             if thread < 8:
@@ -433,7 +433,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 any_given = Int32(0)
                 if (fate & (COMPARED | SEGMENT)) == COMPARED:
                     for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
-                        any_given |= ptx.ldg_i32(self.map_word(workspace, workers, i))
+                        any_given |= ptx.ldg_i32(segments.map_word(workspace, workers, i))
                 if ptx.uniform(any_given) > 0:
                     self.chain_of(
                         initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, sExtreme, flags
@@ -453,13 +453,13 @@ class KdaBuildSm90(KdaFwdSm90):
         acc = cute.make_rmem_tensor((8,), Float32)
         m = cute.make_rmem_tensor((64,), Float32)
         self.first_state(acc, initial_state, nh, vs, row, p, flags)
-        self.load_m(m, self.map_at(workspace, workers, first, 2) + m_at)
+        self.load_m(m, segments.map_at(workspace, workers, first, 2) + m_at)
         for i in cutlass.range(first + 1, last + 1, unroll=1):
-            word = self.map_word(workspace, workers, i)
+            word = segments.map_word(workspace, workers, i)
             given, then = ptx.ldg_i32(word), Int32(0)
             if i < last:
                 then = ptx.ldg_i32(word + 4)
-            c_at = self.map_at(workspace, workers, i - 1, vs) + column + Int64((row // 16 * 32 + row % 8 * 4) * 16)
+            c_at = segments.map_at(workspace, workers, i - 1, vs) + column + Int64((row // 16 * 32 + row % 8 * 4) * 16)
             if (given | then) != 0:
                 if (ptx.uniform(Int32(1) - Int32(self.moderate(acc))) != 0) & (thread % 32 == 0):
                     ptx.sts_i32(sExtreme + thread // 32 * 4, Int32(1))
@@ -473,7 +473,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 extreme = self.any_of(sExtreme) | self.any_of(sExtreme + 16)  # this state or one before it
                 self.product_of(m, sS + quarter * (32 * 4), sSums + quarter * (ROWS * D * 4) + p * 8)
                 if i < last:
-                    self.load_m(m, self.map_at(workspace, workers, i, 2) + m_at)
+                    self.load_m(m, segments.map_at(workspace, workers, i, 2) + m_at)
                 cute.arch.sync_threads()
                 if given != 0:
                     for j in cutlass.range_constexpr(4):
@@ -488,7 +488,7 @@ class KdaBuildSm90(KdaFwdSm90):
                         ptx.stg_i32(word, Int32(2))
             else:
                 if i < last:
-                    self.load_m(m, self.map_at(workspace, workers, i, 2) + m_at)
+                    self.load_m(m, segments.map_at(workspace, workers, i, 2) + m_at)
 
     def moderate(self, acc: cute.Tensor) -> Boolean:
         all_are = Boolean(True)

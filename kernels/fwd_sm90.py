@@ -38,7 +38,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import ptx, schedule, state_io
+from . import ptx, schedule, segments, state_io
 from .config import (
     BETA_BF16,
     BETA_FP16,
@@ -46,10 +46,7 @@ from .config import (
     L2NORM,
     MAPS_BUILT,
     NEG_EIGVAL,
-    STATE_BYTES,
     KdaFwdConfig,
-    maps_at,
-    words_bytes,
 )
 from .layout import (
     A_ROW,
@@ -73,7 +70,6 @@ from .schedule import (
     AT_COUNT,
     AT_END,
     AT_GUESSED,
-    AT_HASHES,
     AT_PIECES,
     AT_SEGMENT,
     AT_WARM_UP,
@@ -90,12 +86,11 @@ from .schedule import (
     TAKEN_OVER,
     WARM_UP,
 )
+from .segments import EXACT, HANDED, NOT_NEEDED, Team
 
 LOG2_E = 1.4426950408889634
 EPS = 1e-6  # of the l2 norm, as in fla
 
-# Words in the workspace; what lies there before hardly looks like them.
-HANDED, NOT_NEEDED, GUESSED, EXACT, GIVEN = (0x6B64615F68616E64 + i for i in range(5))
 # What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
 # guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
 FORGOTTEN = 2.0**-48
@@ -342,12 +337,14 @@ class KdaFwdSm90:
 
     def worker(self):
         """(which, of how many)"""
-        return cute.arch.block_idx()[0] // self.blocks, cute.arch.grid_dim()[0] // self.blocks
+        return schedule.worker(self.blocks)
 
     def rank(self) -> Int32:
-        """Of the block in its cluster: the chunks it prepares, if these are counted over all pieces of work, and the
-        slice of V that it has."""
-        return cute.arch.block_idx()[0] % self.blocks
+        return schedule.rank(self.blocks)
+
+    @property
+    def team(self) -> Team:
+        return Team(self.blocks, self.state_wgs)
 
     def first_own(self, n: Int32, phase: Int32, period: int):
         """Of the chunks from the n-th on the first that is the phase-th of its period."""
@@ -428,7 +425,7 @@ class KdaFwdSm90:
         segment, built = ptx.lds_i32(sPlan + AT_SEGMENT), Int32(0)
         if const_expr(self.blocks == 1):
             if (segment != 0) & ((flags & MAPS_BUILT) != 0):
-                built = ptx.uniform(ptx.ldg_i32(self.map_word(workspace, most_workers, self.worker()[0])))
+                built = ptx.uniform(ptx.ldg_i32(segments.map_word(workspace, most_workers, self.worker()[0])))
         count, at = self.count(work) - segment, ptx.lds_i32(sPlan + AT_END)
         start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
         skipped, checkpoint = Int32(0), Int32(0)  # the first checkpoint of the sequence
@@ -535,14 +532,14 @@ class KdaFwdSm90:
         sPlan, lane = work[0], cute.arch.lane_idx()
         if readers_end > 0:
             cute.arch.mbarrier_wait(settled[1], 0)
-            self.tell(workspace, most_workers, sPlan, Int64(EXACT), self.worker()[0] + 1, readers_end)
+            segments.tell(self.team, workspace, most_workers, sPlan, Int64(EXACT), self.worker()[0] + 1, readers_end)
         if segment > 0:
             cute.arch.sync_warp()
             at = sPlan + AT_PIECES + (count - 1) % PIECES * PIECE
             start, tokens, h, b = ptx.lds_i32x4(at)
             checkpoint = ptx.lds_i32x4(at + 32)[:2]
             nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
-            again, not_needed = self.judge(workspace, most_workers, sPlan, settled[0], span, fate)
+            again, not_needed = segments.judge(self.team, workspace, most_workers, sPlan, settled[0], span, fate)
             handed_on = (fate & HANDED_ON) != 0
             fate = fate & (HANDED_ON | COMPARED)
             if not handed_on:
@@ -557,11 +554,11 @@ class KdaFwdSm90:
                 if handed_on:
                     cute.arch.mbarrier_wait(settled[1], 0)
                 # a lane for each state handed on, which is the right one now, and for each of the worker before
-                slice, mine, theirs = self.slice(lane), Int64(HANDED), Int64(NOT_NEEDED)
+                slice, mine, theirs = segments.slice_of(self.team, lane), Int64(HANDED), Int64(NOT_NEEDED)
                 if lane >= self.state_wgs:
                     slice, mine, theirs = slice - self.state_wgs - 2, theirs, mine
                 if (lane < 2 * self.state_wgs) & (handed_on | (lane >= self.state_wgs)):
-                    self.settle(workspace, slice, mine, theirs)
+                    segments.settle(workspace, slice, mine, theirs)
 
     # ------------------------------------------------------------------ between the blocks of a cluster
 
@@ -1323,14 +1320,14 @@ class KdaFwdSm90:
                 source = Int32(TAKEN_OVER)
                 if guessed:
                     source = Int32(0)
-                    self.note(acc_s, work[0], 1, wg * 4 + warp, lane)
+                    segments.note(acc_s, work[0], 1, wg * 4 + warp, lane)
                 if const_expr(self.blocks == 1):
                     if (fate & BUILT) != 0:
                         guessed, source = Boolean(True), Int32(BUILT)
             if source != 0:
                 if (warp == 0) & ((fate & AGAIN) != 0):
                     cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
-                self.take_state(acc_s, place, source)
+                segments.take(self.team, acc_s, place, source)
             elif (fate & (SEGMENT | KEPT)) == 0:
                 whence = initial_state
                 if ((fate & WARM_UP) != 0) | (nh < 0):
@@ -1432,7 +1429,7 @@ class KdaFwdSm90:
                         cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
                     begin = start
                     if source != 0:
-                        self.read_state(acc_s, place, source)
+                        segments.read(self.team, acc_s, place, source)
                     elif (fate & SEGMENT) != 0:  # which has guessed
                         begin = ptx.lds_i32(work[0] + AT_WARM_UP)
                         state_io.load(acc_s, self.config, Int64(0), nh, vs, flags)
@@ -1443,14 +1440,14 @@ class KdaFwdSm90:
                         state_io.load(acc_s, self.config, whence, nh, vs, flags)
                     self.token_by_token(acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept)
             if (fate & (COMPARED | AGAIN)) == COMPARED:
-                self.note(acc_s, work[0], 0, wg * 4 + warp, lane)
+                segments.note(acc_s, work[0], 0, wg * 4 + warp, lane)
             if (fate & SEGMENT) != 0:
                 if lane == 0:
                     if (wg == 0) & (warp == 0):
                         ptx.sts_i32(work[0] + AT_GUESSED, Int32(guessed))
                     cute.arch.mbarrier_arrive(settled[0])
             if (fate & HANDED_ON) != 0:
-                self.hand_on_state(acc_s, place, fate, guessed, settled[1])
+                segments.hand_on(self.team, acc_s, place, fate, guessed, settled[1])
             if ((fate & FINAL) != 0) & (nh >= 0):
                 state_io.store(acc_s, self.config, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -1561,159 +1558,6 @@ class KdaFwdSm90:
     def to_operand(self, acc: cute.Tensor, frag: cute.Tensor) -> None:
         """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
         self.fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
-
-    # ------------------------------------------------------------------ between workers
-    #
-    # A worker has a place in the workspace for each slice, of 64 value rows, of the state that it hands on, and a word
-    # that says whether it is there; each block has three words for each other one, about its segment. A word is written
-    # by one block and cleared by the one other that reads it, so that whoever has this memory next finds none. A block
-    # waits for none but its cluster and those with a lower index, which need not wait for it to be scheduled.
-
-    def slice(self, wg) -> Int32:
-        return self.worker()[0] * 2 + self.rank() + wg
-
-    def place_of(self, slice: Int32, place):
-        """Addresses: (its word, a lane's part of its state)"""
-        workspace, most_workers, _, thread = place
-        states = workspace + Int64(words_bytes(most_workers, self.blocks))
-        return workspace + Int64(slice) * 8, states + (Int64(slice) * STATE_BYTES + Int64(thread * 16))
-
-    def map_at(self, workspace: Int64, workers: Int32, worker: Int32, slice):
-        """C (slices 0, 1) and M (2, 3) of a worker's piece; later the state behind it (0, 1)."""
-        return workspace + Int64(maps_at(workers, 1)) + Int64(worker * 4 + slice) * STATE_BYTES
-
-    def map_word(self, workspace: Int64, workers: Int32, worker: Int32):
-        """0: a segment may guess; 1: it begins with a state from the maps; 2: it waits for the true one."""
-        return workspace + Int64(maps_at(workers, 1)) + Int64(workers) * 4 * STATE_BYTES + Int64(worker) * 4
-
-    @cute.jit
-    def hand_on_state(self, acc: cute.Tensor, place, fate: Int32, guessed: Boolean, settled):
-        """To the next worker. After a guess `load` says so, once it is known to be the right state."""
-        workspace, _, wg, thread = place
-        word, at = self.place_of(self.slice(wg), place)
-        for i in cutlass.range_constexpr(16):
-            ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
-        if (fate & (COMPARED | AGAIN)) == COMPARED:
-            cute.arch.mbarrier_arrive(settled)
-        if not guessed:
-            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-            if thread == 0:
-                if (fate & COMPARED) == 0:
-                    ptx.stg_release(word, Int64(HANDED))
-                else:
-                    self.settle(workspace, self.slice(wg), Int64(HANDED), Int64(NOT_NEEDED))
-
-    @cute.jit
-    def take_state(self, acc: cute.Tensor, place, source: Int32):
-        """From the worker before, once it is there; or what the maps give."""
-        _, _, wg, thread = place
-        word, _ = self.place_of(self.slice(wg) - 2, place)
-        if source != BUILT:
-            while ptx.ldg_acquire(word) != HANDED:
-                pass
-        cute.arch.sync_warp()
-        cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-        self.read_state(acc, place, source)
-        if (thread == 0) & (source != BUILT):
-            ptx.stg_relaxed(word, Int64(0))
-
-    @cute.jit
-    def read_state(self, acc: cute.Tensor, place, source: Int32):
-        workspace, most_workers, wg, thread = place
-        _, at = self.place_of(self.slice(wg) - 2, place)
-        if const_expr(self.blocks == 1):
-            if source == BUILT:
-                at = self.map_at(workspace, most_workers, self.worker()[0] - 1, wg) + Int64(thread * 16)
-        for i in cutlass.range_constexpr(16):
-            for j, x in enumerate(ptx.ldg_f32x4(at + i * 2048)):
-                acc[4 * i + j] = x
-
-    @cute.jit
-    def settle(self, workspace: Int64, slice: Int32, mine: Int64, theirs: Int64):
-        """Who has a state to hand on says HANDED, who might have taken it says NOT_NEEDED, and who comes second clears
-        the word."""
-        word = workspace + Int64(slice) * 8
-        if ptx.exchange(word, mine) == theirs:
-            ptx.stg_relaxed(word, Int64(0))
-
-    @cute.jit
-    def note(self, acc: cute.Tensor, sPlan: Int32, which: int, warp: Int32, lane: Int32):
-        """A hash of the state that a piece ends with (0) or a segment begins with (1), for `load`."""
-        hashed = ptx.hash_of([acc[i] for i in range(64)])
-        if lane == 0:
-            for i in cutlass.range_constexpr(2):
-                ptx.sts_i32(sPlan + AT_HASHES + (which * 8 + warp) * 8 + i * 4, hashed[i])
-
-    @cute.jit
-    def noted(self, sPlan: Int32, which: int) -> Int64:
-        lo, hi = Int32(0), Int32(0)
-        if cute.arch.lane_idx() < 4 * self.state_wgs:
-            at = sPlan + AT_HASHES + (which * 8 + cute.arch.lane_idx()) * 8
-            lo, hi = ptx.lds_i32(at), ptx.lds_i32(at + 4)
-        return ptx.pair(ptx.sum(lo), ptx.sum(hi))
-
-    def told(self, workspace: Int64, most_workers: Int32, reader: Int32, writer: Int32) -> Int64:
-        """Address of what a block tells another: the hash of the state that its piece ends with, of that which it began
-        with, and, sealed with both, whether it was GUESSED or is EXACT."""
-        nth = reader * (most_workers * self.blocks) + writer
-        return workspace + (Int64(most_workers) * 2 + Int64(nth) * 3) * 8
-
-    def seal(self, ends: Int64, begins: Int64) -> Int64:
-        """The three words arrive in any order, each by itself: what of both hashes, also if they are equal, as those of
-        a state that stays zero are, is no other with one or both still 0."""
-        return ends + begins * 3
-
-    @cute.jit
-    def tell(self, workspace: Int64, most_workers: Int32, sPlan: Int32, what: Int64, first: Int32, end: Int32):
-        """The blocks of workers first to end - 1, but not this one."""
-        own = cute.arch.block_idx()[0]
-        ends, begins = self.noted(sPlan, 0), self.noted(sPlan, 1)
-        for other in cutlass.range(self.blocks * first + cute.arch.lane_idx(), self.blocks * end, 32, unroll=1):
-            if other != own:
-                at = self.told(workspace, most_workers, other, own)
-                for i, x in enumerate((ends, begins, self.seal(ends, begins) ^ what)):
-                    ptx.stg_relaxed(at + 8 * i, x)
-        cute.arch.sync_warp()
-
-    @cute.jit
-    def judge(self, workspace: Int64, most_workers: Int32, sPlan: Int32, settled, span: Int32, fate: Int32):
-        """Tells the blocks behind about this one's segment and finds out about those before: (whether it has to run
-        again, because it or one before began with another state than its predecessor came to; whether the state handed
-        on is not needed)."""
-        lane, own, worker = cute.arch.lane_idx(), cute.arch.block_idx()[0], self.worker()[0]
-        cute.arch.mbarrier_wait(settled, 0)
-        guessed = ptx.lds_i32(sPlan + AT_GUESSED)
-        what = Int64(EXACT)
-        if guessed != 0:
-            what = Int64(GUESSED)
-        if const_expr(self.blocks == 1):
-            if (fate & BUILT) != 0:
-                what = Int64(GIVEN)
-        self.tell(workspace, most_workers, sPlan, what, worker, span // SPAN + 1)
-        end, wrong, before = self.blocks * (worker + 1), Int32(0), Int64(0)
-        for nth in cutlass.range(self.blocks * (span % SPAN), end, 32, unroll=1):
-            other = nth + lane
-            ends, begins, kind = Int64(0), self.noted(sPlan, 1), what
-            if (other < end) & (other != own):
-                at = self.told(workspace, most_workers, own, other)
-                kind = Int64(0)
-                while (kind != GUESSED) & (kind != EXACT) & (kind != GIVEN):
-                    ends, begins = ptx.ldg_relaxed(at), ptx.ldg_relaxed(at + 8)
-                    kind = self.seal(ends, begins) ^ ptx.ldg_relaxed(at + 16)
-                for i in cutlass.range_constexpr(3):
-                    ptx.stg_relaxed(at + 8 * i, Int64(0))
-            cute.arch.sync_warp()
-            # of the worker before this lane's: in the lane, or in the 32 before
-            rotated = ptx.shuffle(ends, (lane + 32 - self.blocks) % 32)
-            came_to = rotated
-            if lane < self.blocks:
-                came_to = before
-            before = rotated
-            exact = cute.arch.vote_ballot_sync((other < end) & (kind == EXACT))
-            bad = cute.arch.vote_ballot_sync((other < end) & (kind == GUESSED) & (begins != came_to))
-            if (exact | bad) != 0:
-                wrong = Int32(Uint32(bad) > Uint32(exact))  # of these the last one is not exact
-        return wrong & guessed, guessed & (wrong ^ 1)
 
     def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
         """Each column of accumulators, a token or a channel, times its number in the table at `at`."""

@@ -31,6 +31,17 @@ FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED, BUILT = (
 SPAN = 1 << 16  # first worker and SPAN times the last one
 
 
+def worker(blocks: int) -> tuple[Int32, Int32]:
+    """(which, of how many); blocks: that share a head."""
+    return cute.arch.block_idx()[0] // blocks, cute.arch.grid_dim()[0] // blocks
+
+
+def rank(blocks: int) -> Int32:
+    """Of the block in its cluster: the chunks it prepares, if these are counted over all pieces of work, and the slice
+    of V that it has."""
+    return cute.arch.block_idx()[0] % blocks
+
+
 @cute.jit
 def share(sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64, flags: Int32,
     worker: Int32, workers: Int32,
