@@ -2,7 +2,7 @@
 
 A thread block takes a (sequence, head) at a time, or a piece of one, and walks it in chunks of C = 32 tokens through a
 ring of stages in shared memory. Or two blocks do, a cluster, with half of V each: then each prepares every other chunk,
-for both. docs/kernel.md says why it is as it is.
+for both. docs/kernel/overview.md says why it is as it is.
 
     load      one warp            finds the work and lists it for all; TMA: q, k, v, g of a chunk -> stage
     gates     two warps           g -> gate, fp16, in place; anchors of each channel (in a cluster `prepare` does it)
