@@ -1,6 +1,6 @@
 """Who does what: the line of all work, a worker's part of it, and the pieces that it walks through.
 
-docs/kernel.md, section 4, says why. What the host has to know of it is in `config`.
+docs/kernel/scheduling.md says why. What the host has to know of it is in `config`.
 """
 
 from __future__ import annotations
