@@ -364,9 +364,16 @@ def test_without_a_gpu_it_says_what_it_needs():
     assert not done.stdout
 
 
-def test_the_readme_shows_what_was_measured():
+def test_the_pages_show_what_was_measured():
     root = Path(__file__).parents[1]
-    rows = report.read([str(root / "bench/results/headline.json")])
+    results = {path.stem: report.read([str(path)]) for path in (root / "bench/results").glob("*.json")}
+    assert results.keys() <= SUITES.keys()
+    page, readme = ((root / name).read_text() for name in ("docs/performance.md", "README.md"))
+    for rows in results.values():
+        assert report.summary(rows) in page
+    rows = results["headline"]
     assert list(dict.fromkeys(row["case"] for row in rows)) == [case.name for case in SUITES["headline"]]
-    assert report.summary(rows) in (root / "README.md").read_text()
+    assert report.summary(rows).split("\n\n")[0] in readme
+    gpu, torch_version, cuda, commit = (rows[0][key] for key in ("gpu", "torch", "cuda", "commit"))
+    assert f"{gpu}, torch {torch_version}, CUDA {cuda}, commit {commit};" in readme
     assert all(path.stat().st_size < 300_000 for path in (root / "bench/results").iterdir())

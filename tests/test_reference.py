@@ -72,7 +72,7 @@ def test_weak_decay_behind_a_strong_one_in_fp32() -> None:
 
 
 def loops(case: Case, a: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The definition (README, The operation), number by number. Shares nothing with reference/."""
+    """The definition (docs/api.md, The operation), number by number. Shares nothing with reference/."""
     x = {n: t.double().numpy() for n, t in a.items() if isinstance(t, torch.Tensor)}
     scale = case.K**-0.5 if case.scale is None else case.scale
     o = np.zeros((case.B, case.T, case.HV, case.V))

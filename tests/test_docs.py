@@ -1,0 +1,137 @@
+"""README and docs: links lead somewhere, snippets run, commands exist, and the pages name all that is public."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kda_cute
+from kda_cute.cli import main
+from tests.test_fla import fla  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+API = (ROOT / "docs/api.md").read_text()
+CODE = re.compile(r"^```\w*\n(.*?)^```$|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        again = sum(re.fullmatch(rf"{slug}(-\d+)?", other) is not None for other in found)
+        found.append(f"{slug}-{again}" if again else slug)
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", FENCED.sub("", page.read_text()))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name(page)}: {link}"
+        assert not anchor or anchor in anchors(target), f"{name(page)}: {link}"
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 160
+
+
+SNIPPETS = [
+    pytest.param(code, id=f"{name(page)}-{i}")
+    for page in PAGES
+    for i, (language, code) in enumerate(FENCED.findall(page.read_text()))
+    if language == "python"
+]
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_snippets_run(code: str, fla: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """On the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given: dict[str, Any] = {}
+    exec(code, given)
+    for result in ("o", "state", "pool"):
+        assert result not in given or given[result].isfinite().all() and given[result].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("code", [snippet for snippet in SNIPPETS if snippet.id.startswith("README")])
+def test_snippets_run_on_the_gpu(code: str, fla: Any) -> None:  # noqa: F811
+    given: dict[str, Any] = {}
+    exec(code, given)
+    assert "o" not in given or given["o"].is_cuda and given["o"].isfinite().all()
+
+
+def commands(pattern: str) -> list[str]:
+    code = [c for page in PAGES for block, span in CODE.findall(page.read_text()) for c in (block or span).splitlines()]
+    return sorted({found for line in code for found in re.findall(pattern, line.partition(" #")[0])})
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", commands(r"^make ([a-z-]+)"))
+def test_make_has_the_targets(target: str) -> None:
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", commands(r"^kda-cute ([a-z]+)"))
+def test_the_command_line_has_the_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"`kda-cute {command}`" in API
+
+
+@pytest.mark.parametrize("module", commands(r"\bpython -m ([\w.]+)"))
+def test_the_modules_are_there(module: str) -> None:
+    assert importlib.util.find_spec(module) is not None
+
+
+def test_the_extras_are_there() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = {extra for page in PAGES for extra in re.findall(r"'\.\[(\w+)\]'", page.read_text())}
+    assert "cu13" in extras
+    assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+
+
+def test_doctor_runs() -> None:
+    assert "kda-cute doctor" in README.read_text()
+    done = subprocess.run([sys.executable, "-m", "kda_cute", "doctor"], cwd=ROOT, capture_output=True, text=True)
+    assert "verdict" in done.stdout
+
+
+@pytest.mark.parametrize("function", [f for f in kda_cute.__all__ if not f.startswith("_")])
+def test_the_api_page_has_all_functions_and_arguments(function: str) -> None:
+    assert f"## {function}\n" in API
+    for parameter in inspect.signature(getattr(kda_cute, function)).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            assert re.search(rf"\b{parameter.name}\b", API), f"{function}: {parameter.name}"
+
+
+def test_the_api_page_has_all_environment_variables() -> None:
+    read = re.compile(r'(?:switch\(|environ\.get\(|env_var = )"(\w+)"')
+    used = {variable for path in (ROOT / "kda_cute").glob("*.py") for variable in read.findall(path.read_text())}
+    assert {"KDA_CUTE_CACHE", "KDA_CUTE_CACHE_DIR", "KDA_CUTE_CHECK", "FLA_KDA_CUTE"} <= used
+    assert not {x for x in used if not x.startswith("CUTE_DSL_") and f"`{x}`" not in API}
