@@ -1,7 +1,7 @@
 """`python -m bench`: kda-cute beside every peer that is installed, same tensors, one process. Needs a Hopper GPU.
 
 Prints Markdown at the end; with --out DIR it writes DIR/SUITE.json after each case. `python -m bench.report` makes the
-README's table from that, `python -m bench.plot` the pictures.
+tables of docs/performance.md from that, `python -m bench.plot` the pictures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m bench.report FILE...`: the summary that the README shows, from rows that `python -m bench --out` wrote."""
+"""`python -m bench.report FILE...`: the summaries of docs/performance.md, from what `python -m bench --out` wrote."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def table(rows: Iterable[Row]) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """One suite: kda-cute beside the best peer, case by case, the geometric means, and what peers refused."""
     out = [
-        "| case | kda-cute us | x floor | % of a copy | best peer | its us | speed-up |",
+        "| case | kda-cute us | x floor | % of a copy | best peer | peer, us | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
     best_ratios: list[float] = []
