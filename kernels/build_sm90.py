@@ -22,7 +22,7 @@ from cutlass.memory import SmemAllocator
 from . import ptx, schedule, segments
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .fwd_sm90 import FORGOTTEN, KdaFwdSm90, fake_tensors
-from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D
+from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
 from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, COMPARED, PLAN, SEGMENT, SPAN
 
 ROWS = 16  # of the state, in a block of `chain`
@@ -35,13 +35,7 @@ class KdaBuildSm90(KdaFwdSm90):
     def __init__(self, config: KdaBuildConfig):
         super().__init__(config)  # type: ignore[arg-type]
         self.queries = False
-        self.k_half = BOX
-        self.at_g = 2 * BOX
-        self.at_t = self.at_g + 2 * self.kr_half
-        self.at_m = self.at_t + C * C * 2
-        self.at_v = self.at_m + C * C * 2
-        self.stage_bytes = self.at_v + BOX
-        self.sent_bytes = self.at_m
+        self.tiles = Stage.of(self.g_boxes, v_boxes=1, queries=False)
         self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
         self.gate_warps = 2
         self.threads = 640
@@ -124,7 +118,7 @@ class KdaBuildSm90(KdaFwdSm90):
         def table(size, align=128):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        ring = table(self.stage_bytes * S, 1024)
+        ring = table(self.tiles.size * S, 1024)
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(2 * PLAN).toint()
@@ -269,8 +263,8 @@ class KdaBuildSm90(KdaFwdSm90):
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
         bK = boxes(0, self.dtype, 64, 2)
-        bG = boxes(self.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.at_v, self.dtype, 64, 1)
+        bG = boxes(self.tiles.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
+        bV = boxes(self.tiles.at_v, self.dtype, 64, 1)
         stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.rank()
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
@@ -307,7 +301,7 @@ class KdaBuildSm90(KdaFwdSm90):
             slope, end = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
             for _ in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
                 self.wait(raw_full + stage, phase, lane)
-                at = ring + stage * self.stage_bytes
+                at = ring + stage * self.tiles.size
                 self.gate(slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane)
                 cute.arch.mbarrier_arrive(gated + stage)
                 stage += 1
@@ -337,9 +331,9 @@ class KdaBuildSm90(KdaFwdSm90):
 
         kind = SmemLayoutAtomKind
         bK = operand_b(mma_k, self.staged(ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
-        sKr = self.staged(ring + self.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
+        sKr = self.staged(ring + self.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
         bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
-        bT = operand_b(mma_k, self.staged(ring + self.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        bT = operand_b(mma_k, self.staged(ring + self.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
         acc_s, acc_r, acc_u = fragment(mma_s, D), fragment(mma_k, C), fragment(mma_k, C)
         fS, fU = operand_a(mma_k, D), operand_a(mma_k, C)
         t_row = (lane % 8 + lane // 16 * 8) * 128
@@ -366,7 +360,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
-                v_at = ring.toint() + self.at_v + stage * self.stage_bytes + t_row + t_col
+                v_at = ring.toint() + self.tiles.at_v + stage * self.tiles.size + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 r = cute.make_rmem_tensor((C // 2,), Float32)
                 for n8 in cutlass.range_constexpr(C // 8):

@@ -64,6 +64,7 @@ from .layout import (
     TABLES,
     C,
     D,
+    Stage,
 )
 from .schedule import (
     AGAIN,
@@ -120,16 +121,8 @@ class KdaFwdSm90:
         types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
         self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
         self.g_boxes = 4 if config.g_dtype == "fp32" else 2
-        # a stage of the ring: k and q (later Kd and Qd), g (later Kr), T, M, v
-        self.k_half = 2 * BOX  # channels 64-127 of k, q behind k
-        self.kr_half = self.g_boxes // 2 * BOX  # channels 64-127 of Kr
         self.k_boxes, self.v_boxes = config.K // 64, config.V // 64 // config.v_split
-        self.at_g = 2 * self.k_half
-        self.at_t = self.at_g + 2 * self.kr_half
-        self.at_m = self.at_t + C * C * 2
-        self.at_v = self.at_m + C * C * 2  # behind all that the other block of a cluster gets
-        self.stage_bytes = self.at_v + self.v_boxes * BOX
-        self.sent_bytes = self.at_v
+        self.tiles = Stage.of(self.g_boxes, self.v_boxes)
         self.queries = True
         # Frames of a chunk, 16 tokens that lose 2^-115 at most, or 8, have an anchor each, a multiple of step.
         self.frames, self.step = (2, 1) if config.gate == "safe" else (4, 2)
@@ -231,7 +224,7 @@ class KdaFwdSm90:
         def table(size, align=128):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        ring = table(self.stage_bytes * S, 1024)
+        ring = table(self.tiles.size * S, 1024)
         out = table(2 * self.state_wgs * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
@@ -272,8 +265,11 @@ class KdaFwdSm90:
 
         if const_expr(self.k_boxes == 1):
             for s in cutlass.range_constexpr(S):
-                for offset, size in ((self.k_half, 2 * BOX), (self.at_g + self.kr_half, self.kr_half)):
-                    at = ring.toint() + s * self.stage_bytes + offset + cute.arch.thread_idx()[0] * 16
+                for offset, size in (
+                    (self.tiles.k_half, 2 * BOX),
+                    (self.tiles.at_g + self.tiles.kr_half, self.tiles.kr_half),
+                ):
+                    at = ring.toint() + s * self.tiles.size + offset + cute.arch.thread_idx()[0] * 16
                     for i in cutlass.range_constexpr(size // 16 // self.threads + 1):
                         if cute.arch.thread_idx()[0] + i * self.threads < size // 16:
                             ptx.sts_16(at + i * self.threads * 16, Uint32(0))
@@ -387,7 +383,7 @@ class KdaFwdSm90:
     def staged(self, base, dtype, kind, shape, order, stride=None):
         """Swizzled tiles at `base` in shared memory, one a stage of the ring (or every `stride` bytes)."""
         layout = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, dtype), shape, order)
-        stages = cute.make_layout(self.stages, stride=(stride or self.stage_bytes) * 8 // dtype.width)
+        stages = cute.make_layout(self.stages, stride=(stride or self.tiles.size) * 8 // dtype.width)
         return cute.make_tensor(cute.recast_ptr(base, layout.inner, dtype), cute.append(layout.outer, stages))
 
     def boxes_of(self, tma, m, start: Int32, cols: int, s_boxes):
@@ -417,8 +413,8 @@ class KdaFwdSm90:
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
         bKQ = boxes(0, self.dtype, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
-        bG = boxes(self.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.at_v, self.dtype, 64, self.v_boxes)
+        bG = boxes(self.tiles.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
+        bV = boxes(self.tiles.at_v, self.dtype, 64, self.v_boxes)
         tiles = (q_tma, mQ, bKQ), (k_tma, mK, bKQ), (v_tma, mV, bV), (g_tma, mG, bG)
         stage, phase, n = Int32(0), Int32(1), Int32(0)
         sPlan = work[0]
@@ -577,14 +573,14 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_wait(left, own & 1 ^ 1)
                 bar = (raw_full + S).toint()
                 with cute.arch.elect_one():
-                    for base, step, size in ((ring, self.stage_bytes, self.sent_bytes), (sTables, TABLES, TABLES)):
+                    for base, step, size in ((ring, self.tiles.size, self.tiles.sent), (sTables, TABLES, TABLES)):
                         ptx.send(base + S * step, base + stage * step, size, bar, other)
             n = end
 
     @cute.jit
     def fetch(self, v_tma, mV, ring, raw_full, gated, empty, work):
         """One warp: v for the chunks that the other block prepares. `gated` says that rows behind the end are zero."""
-        bV = self.staged(ring + self.at_v, self.dtype, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
+        bV = self.staged(ring + self.tiles.at_v, self.dtype, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
         lane, rank, stage, n = cute.arch.lane_idx(), self.rank(), self.own_stages, Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
@@ -595,12 +591,12 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, BOX + self.sent_bytes + TABLES)
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, BOX + self.tiles.sent + TABLES)
                 cute.copy(v_tma, gV[None, c - n, rank], sV_[None, 0, stage], tma_bar_ptr=bar)
                 valid = tokens - (c - n) * C
                 if valid < C:
                     cute.arch.mbarrier_wait(bar, phase)
-                    self.clear_rows((ring + self.at_v).toint() + stage * self.stage_bytes, valid, lane)
+                    self.clear_rows((ring + self.tiles.at_v).toint() + stage * self.tiles.size, valid, lane)
                 cute.arch.mbarrier_arrive(gated + stage)
             n = end
 
@@ -623,7 +619,7 @@ class KdaFwdSm90:
             tokens, h = self.piece(nth, work)[1:3]
             slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
-                sStage = ring + stage * self.stage_bytes
+                sStage = ring + stage * self.tiles.size
                 self.wait(raw_full + stage, phase, lane)
                 self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane)
                 cute.arch.mbarrier_arrive(gated + stage)
@@ -678,7 +674,7 @@ class KdaFwdSm90:
         tokens: Int32, lane: Int32,
     ):  # fmt: skip
         """64 channels of a chunk."""
-        sG = sStage + self.at_g + half * self.kr_half
+        sG = sStage + self.tiles.at_g + half * self.tiles.kr_half
         if tokens < C:
             self.clear_gate(lane, tokens, sG)
             cute.arch.sync_warp()
@@ -714,7 +710,7 @@ class KdaFwdSm90:
         lam = self.log2_of_factor(lower_bound)
         for i in cutlass.range_constexpr(2):
             channel = lane % 4 * 16 + 8 * i + lane // 4
-            at = sStage + self.at_t + half * ANCHORS + channel // 2 * 16 + channel % 2 * 4
+            at = sStage + self.tiles.at_t + half * ANCHORS + channel // 2 * 16 + channel % 2 * 4
             mid, total = [sums[s][2 * i] for s in range(2)], [sums[s][2 * i + 1] for s in range(2)]
             self.anchors(mid, total, at, channel % 2 * 2, tables + DECAY + (64 * half + channel) * 4, lam)
 
@@ -851,7 +847,7 @@ class KdaFwdSm90:
                 own = c // blocks
                 stage, slot = own % S, own % SYSTEMS
                 left = tokens - c * C
-                sStage = ring + stage * self.stage_bytes
+                sStage = ring + stage * self.tiles.size
                 system = sSystems + slot * SYSTEM
                 self.wait(raw_full + stage, own // S & 1, lane)
                 if left < C:
@@ -861,9 +857,9 @@ class KdaFwdSm90:
                 else:
                     self.wait(gated + stage, own // S & 1, lane)
                 cute.arch.sync_warp()
-                tile_kq = sStage + half * self.k_half + tile
-                tile_kr = sStage + self.at_g + half * self.kr_half + tile
-                table = sStage + self.at_t + half * ANCHORS + lane % 4 * 16
+                tile_kq = sStage + half * self.tiles.k_half + tile
+                tile_kr = sStage + self.tiles.at_g + half * self.tiles.kr_half + tile
+                table = sStage + self.tiles.at_t + half * ANCHORS + lane % 4 * 16
                 # of Kd Ki^T and Qd Ki^T the blocks on and below the diagonal, and |q|^2: sums over the warp's channels
                 acc = cute.make_rmem_tensor((SUMS + 4,), Float32)
                 for i in cutlass.range_constexpr(SUMS + 4):
@@ -886,14 +882,14 @@ class KdaFwdSm90:
                 # Of the half sums, the second warp leaves A's to the first in the system's place, the first M's to the
                 # second in that of T and M, when both need the anchors there no more.
                 cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
-                a_at, m_at = system + lane * 16, sStage + self.at_t + lane * 16
+                a_at, m_at = system + lane * 16, sStage + self.tiles.at_t + lane * 16
                 self.give(a_at, m_at, A, M, half)
                 cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
                 if half == 0:
                     self.store_a(self.take(a_at, A), system, lane)
                 else:
                     if const_expr(self.queries):
-                        self.store_m(self.take(m_at, M), sStage + self.at_m, lane)
+                        self.store_m(self.take(m_at, M), sStage + self.tiles.at_m, lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.mbarrier_arrive(a_full + slot)
                 cute.arch.mbarrier_arrive(ready + stage)
@@ -945,11 +941,11 @@ class KdaFwdSm90:
     @cute.jit
     def clear_tail(self, lane: Int32, half: Int32, valid: Int32, sStage: Int32):
         """Rows behind the sequence's end hold the next one's tokens: zero them, so that not even a NaN gets in."""
-        self.clear_rows(sStage + half * self.k_half, valid, lane)
+        self.clear_rows(sStage + half * self.tiles.k_half, valid, lane)
         if const_expr(self.queries):
-            self.clear_rows(sStage + half * self.k_half + BOX, valid, lane)
+            self.clear_rows(sStage + half * self.tiles.k_half + BOX, valid, lane)
         if half < self.v_boxes:
-            self.clear_rows(sStage + self.at_v + half * BOX, valid, lane)
+            self.clear_rows(sStage + self.tiles.at_v + half * BOX, valid, lane)
 
     @cute.jit
     def clear_rows(self, box: Int32, valid: Int32, lane: Int32):
@@ -1162,7 +1158,7 @@ class KdaFwdSm90:
                 block = lane // SUB * SUB
                 x = self.substitute(system, norm_at, block, lane - block, b_i)
                 cute.arch.sync_warp()
-                sT = ring + stage * self.stage_bytes + self.at_t
+                sT = ring + stage * self.tiles.size + self.tiles.at_t
                 for j in cutlass.range_constexpr(SUB):
                     ptx.sts_f32(system + (block + j) * A_ROW + lane * 4, x[j])  # over A's diagonal blocks
                 cute.arch.sync_warp()
@@ -1291,10 +1287,10 @@ class KdaFwdSm90:
 
         kind = SmemLayoutAtomKind
         bKQ = operand_b(mma_ks, self.staged(ring, BFloat16, kind.K_SW128, (2 * C, D), (0, 1)))
-        sKr = self.staged(ring + self.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
+        sKr = self.staged(ring + self.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
         bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
-        bT = operand_b(mma_tm, self.staged(ring + self.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-        bM = operand_b(mma_tm, self.staged(ring + self.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        bT = operand_b(mma_tm, self.staged(ring + self.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        bM = operand_b(mma_tm, self.staged(ring + self.tiles.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1)))
         acc_s = fragment(mma_s, D)
         acc_ro = fragment(mma_ks, 2 * C)  # tokens 0-31: Kd S^T, 32-63: Qd S^T
         acc_u, acc_o = fragment(mma_tm, C), fragment(mma_tm, C)
@@ -1363,7 +1359,7 @@ class KdaFwdSm90:
                     forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
-                v_at = ring.toint() + self.at_v + stage * self.stage_bytes + wg * BOX + t_row + t_col
+                v_at = ring.toint() + self.tiles.at_v + stage * self.tiles.size + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
                 r = cute.make_rmem_tensor((C // 2,), Float32)

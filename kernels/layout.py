@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 C = 32  # tokens in a chunk
 SUB = 16  # tokens of a block of the warps' products
 QUAD = 8  # and of a block of what they make
@@ -20,3 +22,27 @@ A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 3 * C * 4
 ANCHORS = 4 * 512  # of 64 channels, where T and M will be: see `anchors`
+
+
+class Stage(NamedTuple):
+    """A stage of the ring, in bytes from its start. What lies there first: k and q (later Kd and Qd), g (later Kr), T,
+    M, v."""
+
+    k_half: int  # from k's channels 0-63 to its channels 64-127; q lies behind k
+    kr_half: int  # the same for g and Kr
+    at_g: int
+    at_t: int
+    at_m: int
+    at_v: int
+    size: int
+    sent: int  # what the other block of a cluster gets of it
+
+    @staticmethod
+    def of(g_boxes: int, v_boxes: int, queries: bool = True) -> Stage:
+        """g_boxes, v_boxes: TMA boxes of g and v. Without queries there is neither q nor M."""
+        k_half, kr_half = (2 if queries else 1) * BOX, g_boxes // 2 * BOX
+        at_g = 2 * k_half
+        at_t = at_g + 2 * kr_half
+        at_m = at_t + C * C * 2
+        at_v = at_m + C * C * 2
+        return Stage(k_half, kr_half, at_g, at_t, at_m, at_v, at_v + v_boxes * BOX, at_v if queries else at_m)
