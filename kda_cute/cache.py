@@ -109,7 +109,8 @@ def open_folder(path: Path) -> Folder:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as e:
-        if isinstance(e, PermissionError) or not os.path.lexists(path):
+        # Of one that is not there nothing more is asked: another process may be making it just now.
+        if isinstance(e, PermissionError | FileNotFoundError) or not os.path.lexists(path):
             raise
         why = "is a symbolic link" if os.path.islink(path) else f"cannot be opened ({e.strerror})"
         raise NoCache(f"{path} {why}") from None

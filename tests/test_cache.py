@@ -355,6 +355,24 @@ def test_folder_that_is_exchanged_while_it_is_open(root, tmp_path):
     assert entry(tmp_path / "moved").name == "tiny.kda"
 
 
+def test_folder_that_another_process_makes_at_the_same_time(root, monkeypatch, caplog):
+    """It is not there when it is looked for, and is when it is made."""
+    real = os.open
+
+    def slow(path, *args, **kwargs):
+        if Path(path) == root and not root.exists():
+            try:
+                return real(path, *args, **kwargs)
+            finally:
+                root.mkdir(parents=True, mode=0o700)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", slow)
+    with cache.own_folder() as folder:
+        assert folder is not None and folder.path == root
+    assert warnings(caplog) == ""
+
+
 # ---- where there is no place for it ----------------------------------------------------------------------------------
 
 
