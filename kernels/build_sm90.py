@@ -19,7 +19,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import ptx, schedule, segments
+from . import fragments, gate, ptx, schedule, segments
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .fwd_sm90 import FORGOTTEN, KdaFwdSm90, fake_tensors
 from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
@@ -210,14 +210,14 @@ class KdaBuildSm90(KdaFwdSm90):
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
                 if worker + 1 + nth <= span // SPAN:
-                    slope, shift = self.slope(A_log, h)
+                    slope, shift = gate.slope_of_head(self.form, A_log, h)
                     bias, total = Float32(0.0), Float32(0.0)
                     if dt_bias != 0:
-                        bias = self.global_f32(dt_bias, Int64(h * D + channel))
-                    bias = self.bias(slope, shift, bias)
+                        bias = fragments.global_f32(dt_bias, Int64(h * D + channel))
+                    bias = gate.bias(self.form, slope, shift, bias)
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
-                        total += self.factor(Float32(g[t, channel, h, b]), slope, bias)
-                    total = total * self.log2_of_factor(lower_bound)
+                        total += gate.factor(self.form, Float32(g[t, channel, h, b]), slope, bias)
+                    total = total * gate.log2_of_factor(self.form, lower_bound)
                     weak = ptx.uniform(Int32(1) - Int32(total < math.log2(FORGOTTEN)))
                 if (channel == 0) & (nth == 0):
                     at = sList + 32 * (2 + wg // 2)
@@ -298,11 +298,13 @@ class KdaBuildSm90(KdaFwdSm90):
         stage, phase = Int32(0), Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             tokens, h = self.piece(nth, work)[1:3]
-            slope, end = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
+            slope, end = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
             for _ in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
                 self.wait(raw_full + stage, phase, lane)
                 at = ring + stage * self.tiles.size
-                self.gate(slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane)
+                gate.of_chunk(
+                    self.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
+                )
                 cute.arch.mbarrier_arrive(gated + stage)
                 stage += 1
                 if stage == self.own_stages:
@@ -366,7 +368,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 for n8 in cutlass.range_constexpr(C // 8):
                     rk = ptx.lds_f32x2(norm_at + n8 * 32)
                     for half in cutlass.range_constexpr(2):
-                        w, e = self.pair(v[2 * n8 + half] & has_v, self.config.dtype), 4 * n8 + 2 * half
+                        w, e = fragments.pair(v[2 * n8 + half] & has_v, self.config.dtype), 4 * n8 + 2 * half
                         r[e] = ptx.fma(-acc_r[e], rk[0], w[0])
                         r[e + 1] = ptx.fma(-acc_r[e + 1], rk[1], w[1])
                 if const_expr(self.config.neg_eigval):

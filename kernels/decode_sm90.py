@@ -19,9 +19,10 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
-from . import ptx, schedule
+from . import gate, ptx, schedule
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
-from .fwd_sm90 import EPS, G_SCALE, LOG2_1P, LOG2_E, USUAL, KdaFwdSm90, fake_tensors
+from .fwd_sm90 import EPS, USUAL, KdaFwdSm90, fake_tensors
+from .gate import G_SCALE, LOG2_1P, LOG2_E
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
@@ -35,6 +36,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         self.config = config  # type: ignore[assignment]
         types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
         self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
+        self.tiles, self.gates_rolled = None, False  # type: ignore[assignment]
         self.keys = config.K // (32 if config.state_v_first else 16)  # channels of a lane
 
     # ------------------------------------------------------------------ host side
@@ -124,7 +126,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             if t % TOKENS == 0:
                 left = cutlass.min(tokens - t, TOKENS)
                 # A shuffle stays where it is: what has been asked for is not waited for until here.
-                slope = self.slope_of(ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)))
+                slope = gate.slope_of(self.form, ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)))
                 beta_t = self.beta(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()

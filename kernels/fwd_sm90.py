@@ -38,7 +38,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import ptx, schedule, segments, state_io
+from . import fragments, gate, ptx, schedule, segments, state_io
 from .config import (
     BETA_BF16,
     BETA_FP16,
@@ -48,6 +48,7 @@ from .config import (
     NEG_EIGVAL,
     KdaFwdConfig,
 )
+from .gate import LOG2_E
 from .layout import (
     A_ROW,
     ANCHORS,
@@ -89,7 +90,6 @@ from .schedule import (
 )
 from .segments import EXACT, HANDED, NOT_NEEDED, Team
 
-LOG2_E = 1.4426950408889634
 EPS = 1e-6  # of the l2 norm, as in fla
 
 # What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
@@ -97,18 +97,9 @@ EPS = 1e-6  # of the l2 norm, as in fla
 FORGOTTEN = 2.0**-48
 SUMS = 48  # of products over channels, that a lane has: of 12 of 16 x 8 with frames of 16 tokens, of 10 with 8
 QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 blocks of A and M
-# fp16 holds gates as multiples of these
-SIGMOID_BITS = 15
-SIGMOID_SCALE = float(1 << SIGMOID_BITS)
 # Squares of q and k above which products might overflow, even with one of 2^-x up to 2^97 in it.
 USUAL = 2.0**60
 SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
-G_SCALE = 2048.0
-G_MOST = 24 * G_SCALE
-A_MOST = {"safe": 44.0, "softplus": 20.0, "log": 0.0}  # of A_log: see `slope_of`
-# log2(1 + t) / t for t in [0, 1], to 2^-14, highest power first
-LOG2_1P = (0.05965054, -0.22711755, 0.44189775, -0.71698725, 1.44261324)
-ROUND = 1.5 * 2**23  # x + ROUND has the integer nearest to x in its low bits
 
 
 class KdaFwdSm90:
@@ -124,8 +115,6 @@ class KdaFwdSm90:
         self.k_boxes, self.v_boxes = config.K // 64, config.V // 64 // config.v_split
         self.tiles = Stage.of(self.g_boxes, self.v_boxes)
         self.queries = True
-        # Frames of a chunk, 16 tokens that lose 2^-115 at most, or 8, have an anchor each, a multiple of step.
-        self.frames, self.step = (2, 1) if config.gate == "safe" else (4, 2)
         self.prepare_wgs = 2 if config.v_split == 2 else 1
         # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
         self.pairs = min(2 * self.prepare_wgs, self.own_stages)
@@ -339,6 +328,10 @@ class KdaFwdSm90:
         return schedule.rank(self.blocks)
 
     @property
+    def form(self) -> gate.Form:
+        return gate.Form(self.config.gate, self.config.g_dtype, self.config.K, self.tiles, self.gates_rolled)
+
+    @property
     def team(self) -> Team:
         return Team(self.blocks, self.state_wgs)
 
@@ -392,11 +385,6 @@ class KdaFwdSm90:
         return cpasync.tma_partition(
             tma, 0, cute.make_layout(1), cute.group_modes(s_boxes, 0, 2), cute.group_modes(g, 0, 2)
         )
-
-    def tile_at(self, base: Int32, lane: Int32) -> Int32:
-        """A lane's address for a 16 x 16 tile of ldmatrix and stmatrix: row lane % 16, 16-byte column lane // 16, in
-        the 128-byte swizzle."""
-        return base + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
 
     # ------------------------------------------------------------------ load
 
@@ -617,202 +605,18 @@ class KdaFwdSm90:
         stage, phase = Int32(0), Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             tokens, h = self.piece(nth, work)[1:3]
-            slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
+            slope = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
                 sStage = ring + stage * self.tiles.size
                 self.wait(raw_full + stage, phase, lane)
-                self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane)
+                gate.of_chunk(
+                    self.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane
+                )
                 cute.arch.mbarrier_arrive(gated + stage)
                 stage += 1
                 if stage == S:
                     stage = Int32(0)
                     phase ^= 1
-
-    @cute.jit
-    def gate_parameters(self, A_log: Int64, dt_bias: Int64, h: Int32, half: Int32, bias_at: Int32, lane: Int32):
-        """slope; and bias of the warp's channels, left in shared memory: see `factor`."""
-        slope, shift = self.slope(A_log, h)
-        if const_expr(self.config.gate != "log"):
-            cute.arch.sync_warp()
-            for i in cutlass.range_constexpr(2):
-                x = Float32(0.0)
-                if (dt_bias != 0) & (half < self.k_boxes):
-                    x = self.global_f32(dt_bias, Int64(h * self.config.K + 64 * half + 32 * i + lane))
-                ptx.sts_f32(bias_at + (32 * i + lane) * 4, self.bias(slope, shift, x))
-            cute.arch.sync_warp()
-        return slope
-
-    def bias(self, slope: Float32, shift: Float32, dt_bias: Float32) -> Float32:
-        """Finite unless dt_bias is NaN: -inf in g must stay no decay (see clear_gate)."""
-        x = ptx.fma(slope if self.config.gate == "safe" else Float32(LOG2_E), dt_bias, shift)
-        return -ptx.minimum(-ptx.minimum(x, Float32(1e38)), Float32(1e38))
-
-    @cute.jit
-    def slope(self, A_log: Int64, h: Int32):
-        """(slope, shift) for `factor`, of a head."""
-        a = Float32(0.0)
-        if const_expr(self.config.gate != "log"):
-            if A_log != 0:
-                a = self.global_f32(A_log, Int64(h))
-        return self.slope_of(a)
-
-    def slope_of(self, A_log: Float32):
-        """Finite for every A_log but NaN. Beyond A_MOST sigmoid is a step anyway. Of softplus no less than 24 log2 of
-        decay is lost there unless it is 2^x to the last bit: then exp(A_log) 2^x is exp(A_MOST) 2^(x + shift)."""
-        a_most = A_MOST[self.config.gate]
-        if self.config.gate == "log":
-            return Float32(-LOG2_E * G_SCALE), Float32(0.0)
-        e = ptx.ex2(ptx.minimum(A_log, Float32(a_most)) * LOG2_E)
-        if self.config.gate == "safe":
-            return ptx.minimum(-LOG2_E * e, Float32(-1e-37)), Float32(-SIGMOID_BITS)  # not 0, for g of -inf
-        over = ptx.minimum(ptx.maximum(A_log - a_most, Float32(0.0)), Float32(1e30))
-        return G_SCALE * e, over * LOG2_E
-
-    @cute.jit
-    def gate(
-        self, slope: Float32, bias_at: Int32, half: Int32, sStage: Int32, tables: Int32, lower_bound: Float32,
-        tokens: Int32, lane: Int32,
-    ):  # fmt: skip
-        """64 channels of a chunk."""
-        sG = sStage + self.tiles.at_g + half * self.tiles.kr_half
-        if tokens < C:
-            self.clear_gate(lane, tokens, sG)
-            cute.arch.sync_warp()
-        # register j of a tile: channels 8 (j % 2), tokens 8 (j // 2), as an operand A has them
-        tile = sG + (lane % 8 + lane // 16 * 8) * 128 + ((lane // 8 % 2) ^ (lane % 8)) * 16
-        bias_at += lane // 4 * 4
-        sums = [(Float32(0.0),) * 4] * 2
-        if const_expr(self.gates_rolled):
-            acc = cute.make_rmem_tensor((8,), Float32)
-            for i in cutlass.range_constexpr(8):
-                acc[i] = Float32(0.0)
-            for kk in cutlass.range(4, unroll=1):
-                words = self.factors(self.raw_gates(sG, tile, kk, lane), slope, bias_at, kk)
-                sums = self.add_column(words, kk, lane, [tuple(acc[4 * s + i] for i in range(4)) for s in range(2)])
-                for i in cutlass.range_constexpr(8):
-                    acc[i] = sums[i // 4][i % 4]
-                cute.arch.sync_warp()
-                self.store_column(words, kk, tile)
-            sums = [tuple(acc[4 * s + i] for i in range(4)) for s in range(2)]
-        else:
-            # 16 bits: the next column is loaded before this one is stored. fp32 has no registers for it.
-            ahead = self.config.g_dtype != "fp32"
-            raw = list(self.raw_gates(sG, tile, 0, lane)) if ahead else None
-            for kk in cutlass.range_constexpr(4):
-                if const_expr(not ahead):
-                    raw = self.raw_gates(sG, tile, kk, lane)
-                words = self.factors(raw, slope, bias_at, kk)
-                if const_expr(ahead and kk < 3):
-                    raw = list(self.raw_gates(sG, tile, kk + 1, lane))
-                sums = self.add_column(words, kk, lane, sums)
-                cute.arch.sync_warp()
-                self.store_column(words, kk, tile)
-        lam = self.log2_of_factor(lower_bound)
-        for i in cutlass.range_constexpr(2):
-            channel = lane % 4 * 16 + 8 * i + lane // 4
-            at = sStage + self.tiles.at_t + half * ANCHORS + channel // 2 * 16 + channel % 2 * 4
-            mid, total = [sums[s][2 * i] for s in range(2)], [sums[s][2 * i + 1] for s in range(2)]
-            self.anchors(mid, total, at, channel % 2 * 2, tables + DECAY + (64 * half + channel) * 4, lam)
-
-    def add_column(self, words, kk, lane: Int32, sums):
-        """Of 16-channel column kk, the sum over the first 8 tokens in accumulator column 2 kk, over all 16 in 2 kk + 1:
-        operand B has ones in these columns."""
-        first, whole = self.ones_if(lane // 8 == kk), self.ones_if(lane // 4 == 2 * kk + 1)
-        return [ptx.mma_f16(words[s], first, whole, sums[s]) for s in range(2)]
-
-    def store_column(self, words, kk, tile: Int32) -> None:
-        for s in range(2):
-            ptx.stmatrix_x4((tile ^ (kk * 32)) + s * 2048, words[s], trans=True)
-
-    @cute.jit
-    def clear_gate(self, lane: Int32, valid: Int32, sG: Int32):
-        """g behind the sequence's end becomes what makes no decay: 0, or -inf before sigmoid or softplus."""
-        no_decay = Uint32(0)
-        if const_expr(self.config.gate != "log"):
-            no_decay = Uint32({"bf16": 0xFF80FF80, "fp16": 0xFC00FC00, "fp32": 0xFF800000}[self.config.g_dtype])
-        for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
-            if lane + 32 * j >= valid * 8:
-                for box in cutlass.range_constexpr(self.g_boxes // 2):
-                    ptx.sts_16(sG + box * BOX + (lane + 32 * j) * 16, no_decay)
-
-    def raw_gates(self, sG: Int32, tile: Int32, kk: int, lane: Int32):
-        """g of a 16-channel column, block of tokens by block: by register and token. In fp32 a row is as long as two of
-        the fp16 that take its place, column after column, always behind what is read."""
-        for s in range(2):
-            if self.config.g_dtype != "fp32":
-                yield ptx.ldmatrix_x4((tile ^ (kk * 32)) + s * 2048, trans=True)
-                continue
-            raw = []
-            for j in range(4):
-                word = (16 * kk + 8 * (j % 2)) % 32 + lane // 4
-                box = sG + kk // 2 * BOX
-                token = 16 * s + 8 * (j // 2) + lane % 4 * 2
-                raw.append([
-                    ptx.lds_f32(box + t * 128 + (word % 4) * 4 + (((word // 4) ^ (t % 8)) * 16))
-                    for t in (token, token + 1)
-                ])  # fmt: skip
-            yield raw
-
-    def factors(self, raw, slope: Float32, bias_at: Int32, kk: int):
-        """As operands B, fp16."""
-        bias = [Float32(0.0)] * 2
-        if self.config.gate != "log":
-            bias = [ptx.lds_f32(bias_at + (16 * kk + 8 * nt) * 4) for nt in range(2)]
-        out = []
-        for r in raw:
-            pairs = r if self.config.g_dtype == "fp32" else [self.pair(x, self.config.g_dtype) for x in r]
-            out.append(tuple(ptx.pack_f16(*(self.factor(x, slope, bias[j % 2]) for x in pairs[j])) for j in range(4)))
-        return out
-
-    def pair(self, x: Uint32, dtype: str):
-        """Two 16-bit numbers in fp32."""
-        return (ptx.bf16_lo(x), ptx.bf16_hi(x)) if dtype == "bf16" else (ptx.f16_lo(x), ptx.f16_hi(x))
-
-    def factor(self, g: Float32, slope: Float32, bias: Float32) -> Float32:
-        """What the log2 decay is a negative multiple of. safe: 2^15 sigmoid(exp(A_log) (g + dt_bias)) = 1 / (2^-15 +
-        2^(slope g + bias)). softplus: 2^11 exp(A_log) log2(1 + 2^(log2(e) (g + dt_bias))), log: -2^11 log2(e) g, both
-        24 * 2^11 at most."""
-        if self.config.gate == "safe":
-            return ptx.rcp(1.0 / SIGMOID_SCALE + ptx.ex2(ptx.fma(g, slope, bias)))
-        if self.config.gate == "softplus":
-            x = ptx.fma(g, Float32(LOG2_E), bias)
-            t = ptx.ex2(-ptx.absolute(x))
-            p = Float32(LOG2_1P[0])
-            for c in LOG2_1P[1:]:
-                p = ptx.fma(p, t, Float32(c))
-            g = ptx.fma(t, p, ptx.maximum(x, Float32(0.0)))
-        return ptx.minimum(g * slope, Float32(G_MOST))
-
-    def log2_of_factor(self, lower_bound: Float32) -> Float32:
-        """lam: the log2 decay is lam times the gate's factor."""
-        if self.config.gate == "safe":
-            return lower_bound * (LOG2_E / SIGMOID_SCALE)
-        return Float32(-1.0 / G_SCALE)
-
-    def anchors(self, mid, total, at: Int32, half: Int32, decay: Int32, lam: Float32) -> None:
-        """The integer anchors p_i of a channel's frames, half way between G before and behind their tokens, and what
-        depends on them. G counts from the chunk's start.
-
-        Four tables at `at`, of 32 pairs of channels each, 512 bytes apart. fp32, for both channels: what makes G - p_0
-        and G - p_1 of a sum from the start of a block of 16 tokens; the same for p_2 and p_3; 2^(G_C - p) of the last
-        p. bf16 pairs: 2^p_0, 2^(p_1 - p_0), in the last table 2^(p_2 - p_1), 2^(p_3 - p_2), or the roots of these
-        three, where they may be less than the least that there is. 2^G_C, the decay of the chunk, goes to `decay`.
-        """
-        middle, n = lam * total[0], self.step
-        end = ptx.fma(lam, total[1], middle)
-        G = [Float32(0.0), middle, end]
-        if self.frames == 4:
-            G[1:2] = lam * mid[0], middle, ptx.fma(lam, mid[1], middle)
-        p = []  # a multiple of the anchor
-        for i in range(self.frames):
-            p.append(ptx.fma(G[i] + G[i + 1], Float32(0.5 / n), Float32(ROUND)) - ROUND)
-            start = G[i * 2 // self.frames * self.frames // 2]
-            ptx.sts_f32(at + i // 2 * 512 + i % 2 * 8, ptx.fma(p[i], Float32(-n), start))
-            shift = (n * p[0] if i == 0 else p[i] - p[i - 1]) + ROUND  # in the low bits
-            shift = ptx.pow2(ptx.maximum(shift, Float32(ROUND - 127)))
-            ptx.sts_high(at - half + (1032, 1036, 1536, 1540)[i], shift)
-        ptx.sts_f32(at + 1024, ptx.ex2(ptx.fma(p[-1], Float32(-n), end)))
-        ptx.sts_f32(decay, ptx.ex2(end))
 
     # ------------------------------------------------------------------ prepare
 
@@ -830,9 +634,9 @@ class KdaFwdSm90:
         pair, half, bias_at = warp // 2, warp % 2, sBias + warp * 256
         lane = cute.arch.lane_idx()
         row = lane // 4
-        lam = self.log2_of_factor(lower_bound)
+        lam = gate.log2_of_factor(self.form, lower_bound)
         lower = sLower + (Int32(lane % 4 * 2 <= row) + Int32(lane % 4 * 2 < row)) * 16
-        tile = self.tile_at(Int32(0), lane)
+        tile = fragments.tile_at(Int32(0), lane)
 
         n = Int32(0)  # chunks of the pieces before
         for nth in cutlass.range(self.count(work), unroll=1):
@@ -841,7 +645,7 @@ class KdaFwdSm90:
             slope = Float32(0.0)
             if const_expr(self.gate_warps == 0):
                 if first < end:
-                    slope = self.gate_parameters(A_log, dt_bias, h, half, bias_at, lane)
+                    slope = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane)
             tokens += n * C  # from the block's first chunk on, as c
             for c in cutlass.range(first, end, blocks * P, unroll=1):
                 own = c // blocks
@@ -853,7 +657,9 @@ class KdaFwdSm90:
                 if left < C:
                     self.clear_tail(lane, half, left, sStage)
                 if const_expr(self.gate_warps == 0):
-                    self.gate(slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane)
+                    gate.of_chunk(
+                        self.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
+                    )
                 else:
                     self.wait(gated + stage, own // S & 1, lane)
                 cute.arch.sync_warp()
@@ -876,7 +682,7 @@ class KdaFwdSm90:
                         self.wait(solved + (own - P) % S, (own - P) // S & 1, lane)
                 self.wait(a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
                 for i in cutlass.range_constexpr(4 if self.queries else 0):
-                    q_sum = self.quad_sum(q2[i])
+                    q_sum = fragments.quad_sum(q2[i])
                     if lane % 4 == 0:
                         ptx.sts_f32(system + SQUARES + ((1 + half) * C + 8 * i + row) * 4, q_sum)
                 # Of the half sums, the second warp leaves A's to the first in the system's place, the first M's to the
@@ -903,12 +709,6 @@ class KdaFwdSm90:
             diagonal = Uint32(0x3C00) * Uint32(lane > 0) | Uint32(0x3C000000) * Uint32(lane > 1)
             ptx.sts_u32x4(table + lane * 16, (diagonal, Uint32(0x3C003C00), Uint32(0), diagonal))
         return table
-
-    @cute.jit
-    def global_f32(self, address: Int64, index: Int64) -> Float32:
-        return cute.make_tensor(
-            cute.make_ptr(Float32, address + index * 4, cute.AddressSpace.gmem), cute.make_layout(1)
-        )[0]
 
     @cute.jit
     def load_beta(self, address: Int64, start: Int64, H: Int32, token: Int32, tokens: Int32, flags: Int32) -> Uint32:
@@ -955,7 +755,7 @@ class KdaFwdSm90:
 
     def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
         """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
-        F = self.frames
+        F = self.form.frames
         at = [table + nt * 64 for nt in range(2)]  # by half of the channels
         g = [ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True) for s in range(2)]
         offset = [ptx.lds_f32x4(a) + (ptx.lds_f32x4(a + 512) if F == 4 else ()) for a in at]
@@ -964,13 +764,13 @@ class KdaFwdSm90:
         shifts = [ptx.lds_u32x2(a + 1032) + (ptx.lds_u32x2(a + 1536) if F == 4 else ()) for a in at]
         w = [ptx.lds_f32x2(a + 1024) for a in at]
         roots = shifts = list(zip(*shifts, strict=True))  # by frame
-        if self.step == 2:
-            shifts = [shifts[0], *(self.times(x, x) for x in shifts[1:])]
+        if self.form.step == 2:
+            shifts = [shifts[0], *(fragments.times(x, x) for x in shifts[1:])]
         to_start, to_end = [shifts[0]], [None, shifts[-1]]  # from each frame's anchor; from the last frame's backwards
         for i in range(1, F):
-            to_start.append(self.times(to_start[-1], shifts[i]))
+            to_start.append(fragments.times(to_start[-1], shifts[i]))
         for i in range(F - 2, 0, -1):
-            to_end.append(self.times(to_end[-1], shifts[i]))
+            to_end.append(fragments.times(to_end[-1], shifts[i]))
         before = []  # k 2^-x of 8 tokens each, as operands B, relative to the present frame's anchor
         for s in range(2):
             k, q = tiles[s] if s < ahead else self.tile_of(tile_kq, s)
@@ -984,9 +784,11 @@ class KdaFwdSm90:
                 i = 2 * s + r
                 if i % (4 // F) == 0 and i > 0:
                     *older, last = before
-                    if self.step == 2:
-                        last = self.times(last, roots[frame[r]])
-                    before = [self.times(b, shifts[frame[r]]) for b in older] + [self.times(last, roots[frame[r]])]
+                    if self.form.step == 2:
+                        last = fragments.times(last, roots[frame[r]])
+                    before = [fragments.times(b, shifts[frame[r]]) for b in older] + [
+                        fragments.times(last, roots[frame[r]])
+                    ]
                 before.append((ki[r], ki[r + 2]))
                 if F == 4:  # 8 rows of k, the same of q
                     for j in range(i + 1):
@@ -997,9 +799,9 @@ class KdaFwdSm90:
                     for i, a in enumerate((lk, lq) if self.queries else (lk,)):
                         self.product_into(acc, SUMS // 8 * i + 2 * s + j, a, b, 4)
             rows = [to_start[frame[j % 2]][j // 2] for j in range(4)]
-            ptx.stmatrix_x4(tile_kq + s * 2048, self.times(lk, rows))
+            ptx.stmatrix_x4(tile_kq + s * 2048, fragments.times(lk, rows))
             if self.queries:
-                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, self.times(lq, rows))
+                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, fragments.times(lq, rows))
             for j in range(4):
                 if frame[j % 2] < F - 1:
                     kr[j] = ptx.mul_bf16x2(kr[j], to_end[F - 1 - frame[j % 2]][j // 2])
@@ -1018,7 +820,7 @@ class KdaFwdSm90:
 
     def accumulators(self, acc: cute.Tensor):
         """A and M by 8 x 8 block, and the four sums of squares."""
-        if self.frames == 2:
+        if self.form.frames == 2:
             rows = [4 * (i // 2 * 2 + j) + i % 2 * 2 for i, j in QUADS]
             A, M = [[(acc[at + x], acc[at + x + 1]) for x in rows] for at in (0, SUMS // 2)]
         else:
@@ -1031,7 +833,7 @@ class KdaFwdSm90:
         for j in range(4):  # register j: rows (j % 2), channels 8 (j // 2)
             e = x[j // 2][2 * (j % 2) : 2 * (j % 2) + 2]
             up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
-            kf, qf = self.pair(k[j], self.config.dtype), self.pair(q[j], self.config.dtype)
+            kf, qf = fragments.pair(k[j], self.config.dtype), fragments.pair(q[j], self.config.dtype)
             if self.queries:
                 at = SUMS + 2 * s + j % 2
                 acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
@@ -1041,14 +843,6 @@ class KdaFwdSm90:
             ki.append(ptx.pack_bf16(*kd))
             kr.append(ptx.pack_bf16(kd[0] * w[j // 2][0], kd[1] * w[j // 2][1]))
         return lk, lq, ki, kr
-
-    def times(self, x, factors):
-        """bf16 pairs times powers of two: exact, or zero."""
-        return tuple(ptx.mul_bf16x2(a, b) for a, b in zip(x, factors, strict=True))
-
-    def quad_sum(self, x: Float32) -> Float32:
-        x = x + cute.arch.shuffle_sync_bfly(x, 1)
-        return x + cute.arch.shuffle_sync_bfly(x, 2)
 
     @cute.jit
     def give(self, a_at: Int32, m_at: Int32, A, M, half: Int32):
@@ -1097,14 +891,7 @@ class KdaFwdSm90:
                             m1 = m1 if col + 1 <= row else Float32(0.0)
                         word = ptx.pack_bf16(m0, m1)
                     words.append(word)
-                self.store_tile(sM, i, j, words, lane)
-
-    @cute.jit
-    def ones_if(self, condition: Boolean) -> Uint32:
-        e = Uint32(0)
-        if condition:
-            e = Uint32(0x3C003C00)
-        return e
+                fragments.store_tile(sM, i, j, words, lane)
 
     # ------------------------------------------------------------------ invert
 
@@ -1166,19 +953,19 @@ class KdaFwdSm90:
                 t11, t00, a10 = [], [], []
                 for e in cutlass.range_constexpr(4):  # operand registers: rows or columns 8 (e % 2), then 8 (e // 2)
                     r, c8 = row + e % 2 * 8, col + e // 2 * 8
-                    t11.append(self.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
+                    t11.append(fragments.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
                     a_ij = ptx.lds_f32x2(system + r * A_ROW + (SUB + c8) * 4)
                     rk_i = ptx.lds_f32x2(norm_at + (SUB + c8) * 4)
                     a_ij = a_ij[0] * rk_i[0], a_ij[1] * rk_i[1]
                     if const_expr(self.config.neg_eigval):
                         beta_i, rk_j = ptx.lds_f32x2(norm_at + (2 * C + SUB + c8) * 4), ptx.lds_f32(norm_at + r * 4)
                         a_ij = a_ij[0] * beta_i[0] * rk_j, a_ij[1] * beta_i[1] * rk_j
-                    a10.append(self.high_low(a_ij))
+                    a10.append(fragments.high_low(a_ij))
                     t_jc = system + c8 * A_ROW + r * 4
-                    t00.append(self.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
-                p = self.product(t11, a10)
-                p = [self.high_low((p[e // 2][e % 2 * 2], p[e // 2][e % 2 * 2 + 1])) for e in range(4)]
-                t10 = self.product(p, t00)
+                    t00.append(fragments.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
+                p = fragments.product(t11, a10)
+                p = [fragments.high_low((p[e // 2][e % 2 * 2], p[e // 2][e % 2 * 2 + 1])) for e in range(4)]
+                t10 = fragments.product(p, t00)
                 words = [[], [], [], []]
                 for e in cutlass.range_constexpr(4):
                     r, c8 = row + e % 2 * 8, col + e // 2 * 8
@@ -1188,7 +975,7 @@ class KdaFwdSm90:
                     words[2].append(ptx.pack_bf16(-t10[e // 2][e % 2 * 2], -t10[e // 2][e % 2 * 2 + 1]))
                     words[3].append(t11[e][0])
                 for i in cutlass.range_constexpr(4):
-                    self.store_tile(sT, i // 2, i % 2, words[i], lane)
+                    fragments.store_tile(sT, i // 2, i % 2, words[i], lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.mbarrier_arrive(a_empty + slot)
                 cute.arch.mbarrier_arrive(solved + stage)
@@ -1212,37 +999,12 @@ class KdaFwdSm90:
             factor, rk, column = ahead
             if j + 1 < SUB:
                 ahead = operands(j + 1)
-            x_j = ptx.fma(x[j], factor, self.delta(unit, j))
+            x_j = ptx.fma(x[j], factor, fragments.delta(unit, j))
             y = x_j * rk
             for i in range(j + 1, SUB):
                 x[i] = ptx.fma(column[i - j - 1], y, x[i])
             x[j] = x_j if self.config.neg_eigval else y * beta
         return x
-
-    @cute.jit
-    def delta(self, i: Int32, j: cutlass.Constexpr[int]) -> Float32:
-        return Float32(1.0) if i == j else Float32(0.0)
-
-    def high_low(self, x):
-        """Two fp32 numbers as bf16 pairs (high, low) with x = high + low to 16 bits."""
-        high = ptx.pack_bf16(*x)
-        return high, ptx.pack_bf16(x[0] - ptx.bf16_lo(high), x[1] - ptx.bf16_hi(high))
-
-    def product(self, a, b):
-        """16 x 16 by 16 x 16, of operands in high and low parts."""
-        out = []
-        for nt in range(2):
-            acc = (Float32(0.0),) * 4
-            for i, j in ((1, 0), (0, 1), (0, 0)):
-                acc = ptx.mma_bf16(tuple(r[i] for r in a), b[nt][j], b[nt + 2][j], acc)
-            out.append(acc)
-        return out
-
-    def store_tile(self, base: Int32, i: int, j: int, words, lane: Int32) -> None:
-        """Block (i, j) of a [32, 32] bf16 operand (64-byte swizzle)."""
-        r = SUB * i + lane % 16
-        chunk = (2 * j + lane // 16) ^ ((r // 2) % 4)
-        ptx.stmatrix_x4(base + r * 64 + chunk * 16, tuple(words))
 
     @cute.jit
     def inverse_norm(self, x2: Float32, flags: Int32) -> Float32:
@@ -1366,7 +1128,7 @@ class KdaFwdSm90:
                 for n8 in cutlass.range_constexpr(C // 8):
                     rk = ptx.lds_f32x2(norm_at + n8 * 32)
                     for half in cutlass.range_constexpr(2):
-                        w, e = self.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
+                        w, e = fragments.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
                         r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
                         r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
                 if const_expr(self.config.neg_eigval):
@@ -1470,11 +1232,11 @@ class KdaFwdSm90:
         H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
         h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32
         row, col = (self.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
-        slope, shift = self.slope(A_log, h)
+        slope, shift = gate.slope_of_head(self.form, A_log, h)
         bias = Float32(0.0)
         if (dt_bias != 0) & (thread < K):
-            bias = self.global_f32(dt_bias, Int64(h * K + thread))
-        bias = self.bias(slope, shift, bias)
+            bias = fragments.global_f32(dt_bias, Int64(h * K + thread))
+        bias = gate.bias(self.form, slope, shift, bias)
         for t in cutlass.range(begin, start + tokens, unroll=1):
             if const_expr(self.config.checkpoints):
                 before, first, every, states = kept
@@ -1493,7 +1255,8 @@ class KdaFwdSm90:
             cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
             if thread < K:
                 k, q = Float32(mK[t, thread, h_qk, b]), Float32(mQ[t, thread, h_qk, b])
-                a = self.factor(Float32(mG[t, thread, h, b]), slope, bias) * self.log2_of_factor(lower_bound)
+                a = gate.factor(self.form, Float32(mG[t, thread, h, b]), slope, bias)
+                a = a * gate.log2_of_factor(self.form, lower_bound)
                 ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
                 ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
                 ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
@@ -1509,7 +1272,7 @@ class KdaFwdSm90:
                     sums[j // 2] = ptx.fma(acc[4 * i + j], k[j % 2], sums[j // 2])
                     sums[2 + j // 2] = ptx.fma(acc[4 * i + j], q[j % 2], sums[2 + j // 2])
                 sums[4] = ptx.fma(k[1], q[1], ptx.fma(k[0], q[0], sums[4]))
-            *sums, kq = [self.quad_sum(x) for x in sums]
+            *sums, kq = [fragments.quad_sum(x) for x in sums]
             u = [beta_t * (v[r] - sums[r]) for r in range(2)]
             for i in cutlass.range_constexpr(K // 8):
                 k = ptx.lds_f32x2(scratch + (D + 8 * i + col) * 4)

@@ -202,14 +202,24 @@ class Warp:
         return ((d << 23) + 0x3F800000 & 0xFFFFFFFF).astype(u32).view(f32)
 
 
-def copy_of(name: str) -> ModuleType:
-    """A module of its own with the same source: compiling a kernel rewrites the functions of the imported one."""
+ROOMS = ("fragments", "gate")  # modules of the kernels' math, which the kernels call into
+
+
+def copy_of(name: str, rooms: dict[str, ModuleType] | None = None) -> ModuleType:
+    """A module of its own with the same source, and with copies of ROOMS: compiling a kernel rewrites the functions of
+    the imported one."""
+    rooms = {} if rooms is None else rooms
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     spec = importlib.util.spec_from_file_location(f"{name}_on_the_cpu", spec.origin)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    for room in ROOMS:
+        if hasattr(module, room):
+            if room not in rooms:
+                rooms[room] = copy_of(f"kda_cute.kernels.{room}", rooms)
+            setattr(module, room, rooms[room])
     return module
 
 
@@ -239,15 +249,18 @@ def on_the_cpu(module: Any, warp: Warp) -> Iterator[None]:
 
     arch = SimpleNamespace(sync_warp=lambda: None, shuffle_sync_bfly=shuffle, shuffle_sync=shuffle_from)
     cutlass = SimpleNamespace(range_constexpr=range, range=lambda n, unroll: range(n), min=min, select_=np.where)
+    rooms = [getattr(module, room) for room in ROOMS if hasattr(module, room)]
+    rooms += [room.fragments for room in rooms if hasattr(room, "fragments")]
     with pytest.MonkeyPatch.context() as m, np.errstate(all="ignore"):
-        m.setattr(module, "ptx", warp)
-        m.setattr(module, "cute", SimpleNamespace(arch=arch, make_rmem_tensor=registers))
-        m.setattr(module, "cutlass", cutlass)
-        m.setattr(module, "const_expr", bool)
-        m.setattr(module, "Float32", f32)
-        m.setattr(module, "Uint32", lambda x: u32(x), raising=False)
-        cls = module.KdaFwdSm90
-        for name, method in list(vars(cls).items()):
-            if callable(method) and hasattr(method, "__wrapped__"):
-                m.setattr(cls, name, method.__wrapped__)
+        for place in (module, *rooms):
+            m.setattr(place, "ptx", warp)
+            m.setattr(place, "cute", SimpleNamespace(arch=arch, make_rmem_tensor=registers), raising=False)
+            m.setattr(place, "cutlass", cutlass, raising=False)
+            m.setattr(place, "const_expr", bool, raising=False)
+            m.setattr(place, "Float32", f32)
+            m.setattr(place, "Uint32", lambda x: u32(x), raising=False)
+        for owner in (getattr(module, "KdaFwdSm90", None), *rooms):
+            for name, function in list(vars(owner).items()) if owner else ():
+                if callable(function) and hasattr(function, "__wrapped__"):
+                    m.setattr(owner, name, function.__wrapped__)
         yield

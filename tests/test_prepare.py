@@ -14,7 +14,7 @@ fwd_sm90: Any = copy_of("kda_cute.kernels.fwd_sm90")
 A_ROW, BOX, C, D = fwd_sm90.A_ROW, fwd_sm90.BOX, fwd_sm90.C, fwd_sm90.D
 
 STAGE, TABLE, SYS, BIAS, LOWER = 0, 45056, 49152, 57344, 58368
-f32 = np.float32
+f32, u32 = np.float32, np.uint32
 
 
 def rounded(x: Any) -> np.ndarray:
@@ -65,11 +65,21 @@ def prepare(
 ) -> dict[str, np.ndarray]:
     """What the two warps of a pair leave in shared memory."""
     kernel = fwd_sm90.KdaFwdSm90(KdaFwdConfig(g_dtype, gate, v_split, dtype=dtype))  # type: ignore[arg-type]
-    kernel.ones_if = lambda condition: np.where(condition, 0x3C003C00, 0).astype(np.uint32)  # type: ignore[method-assign]
     warp = Warp()
-    with on_the_cpu(fwd_sm90, warp):
-        for name in ("clear_gate", "clear_rows"):
-            setattr(kernel, name, lane_by_lane(fwd_sm90, warp, getattr(kernel, name)))
+    with on_the_cpu(fwd_sm90, warp):  # code with branches on the lane
+        kernel.clear_rows = lane_by_lane(fwd_sm90, warp, kernel.clear_rows)  # type: ignore[method-assign]
+        clear = lane_by_lane(fwd_sm90, warp, fwd_sm90.gate.clear)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(fwd_sm90.gate, "clear", clear)
+        m.setattr(fwd_sm90.fragments, "ones_if", lambda condition: np.where(condition, u32(0x3C003C00), u32(0)))
+        return run(kernel, warp, dtype, g_dtype, q, k, g, A_log, bias, lower_bound, tokens)
+
+
+def run(
+    kernel: Any, warp: Warp, dtype: Any, g_dtype: Any, q: Any, k: Any, g: Any, A_log: float, bias: Any,
+    lower_bound: float, tokens: int,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    gate, fragments, form = fwd_sm90.gate, fwd_sm90.fragments, kernel.form
     for half in range(2):
         cols = slice(64 * half, 64 * half + 64)
         put(warp, half * kernel.tiles.k_half, k[:, cols], dtype)
@@ -85,22 +95,20 @@ def prepare(
         with on_the_cpu(fwd_sm90, Warp(warp)):
             kernel.lower(LOWER, 1, np.int64(lane))
     with on_the_cpu(fwd_sm90, warp):
-        lam = kernel.log2_of_factor(f32(lower_bound))
+        lam = gate.log2_of_factor(form, f32(lower_bound))
         row, col = LANES // 4, LANES % 4 * 2
         lower = warp.lds_u32x4(LOWER + 16 * ((col <= row).astype(int) + (col < row)))
-        tile, sums = kernel.tile_at(0, LANES), []
-        slope, shift = kernel.slope_of(f32(A_log))
+        tile, sums = fragments.tile_at(0, LANES), []
+        slope, shift = gate.slope_of(form, f32(A_log))
         for half in range(2):
-            biases = kernel.bias(slope, shift, bias[64 * half : 64 * half + 64].astype(f32))
+            biases = gate.bias(form, slope, shift, bias[64 * half : 64 * half + 64].astype(f32))
             warp.memory[BIAS : BIAS + 256] = np.asarray(biases, f32).view(np.uint8)
             if tokens < C:
                 kernel.clear_tail(LANES, half, tokens, STAGE)
-            kernel.gate(slope, BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
+            gate.of_chunk(form, slope, BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
-            tile_kq, tile_kr = (
-                STAGE + half * kernel.tiles.k_half + tile,
-                STAGE + kernel.tiles.at_g + half * kernel.tiles.kr_half + tile,
-            )
+            tile_kq = STAGE + half * kernel.tiles.k_half + tile
+            tile_kr = STAGE + kernel.tiles.at_g + half * kernel.tiles.kr_half + tile
             table = STAGE + kernel.tiles.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
             for kk in range(4):
                 kernel.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
@@ -109,7 +117,7 @@ def prepare(
         for half, (A, M, _) in enumerate(sums):
             kernel.give(a_at, m_at, A, M, half)
         A, M = kernel.take(a_at, sums[0][0]), kernel.take(m_at, sums[1][1])
-        q2 = [kernel.quad_sum(sums[0][2][i]) + kernel.quad_sum(sums[1][2][i]) for i in range(4)]
+        q2 = [fragments.quad_sum(sums[0][2][i]) + fragments.quad_sum(sums[1][2][i]) for i in range(4)]
     for lane in range(32):
         one = Warp(warp)
         with on_the_cpu(fwd_sm90, one):

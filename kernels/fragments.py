@@ -1,0 +1,73 @@
+"""What warps do with tiles and fragments, whatever is in them. Fragments are tuples of registers, as in `ptx`."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
+
+from . import ptx
+from .layout import SUB
+
+
+def pair(x: Uint32, dtype: str):
+    """Two 16-bit numbers in fp32."""
+    return (ptx.bf16_lo(x), ptx.bf16_hi(x)) if dtype == "bf16" else (ptx.f16_lo(x), ptx.f16_hi(x))
+
+
+@cute.jit
+def global_f32(address: Int64, index: Int64) -> Float32:
+    return cute.make_tensor(cute.make_ptr(Float32, address + index * 4, cute.AddressSpace.gmem), cute.make_layout(1))[0]
+
+
+@cute.jit
+def ones_if(condition: Boolean) -> Uint32:
+    e = Uint32(0)
+    if condition:
+        e = Uint32(0x3C003C00)
+    return e
+
+
+def quad_sum(x: Float32) -> Float32:
+    x = x + cute.arch.shuffle_sync_bfly(x, 1)
+    return x + cute.arch.shuffle_sync_bfly(x, 2)
+
+
+def times(x, factors):
+    """bf16 pairs times powers of two: exact, or zero."""
+    return tuple(ptx.mul_bf16x2(a, b) for a, b in zip(x, factors, strict=True))
+
+
+def tile_at(base: Int32, lane: Int32) -> Int32:
+    """A lane's address for a 16 x 16 tile of ldmatrix and stmatrix: row lane % 16, 16-byte column lane // 16, in
+    the 128-byte swizzle."""
+    return base + lane % 16 * 128 + ((lane // 16) ^ (lane % 8)) * 16
+
+
+def high_low(x):
+    """Two fp32 numbers as bf16 pairs (high, low) with x = high + low to 16 bits."""
+    high = ptx.pack_bf16(*x)
+    return high, ptx.pack_bf16(x[0] - ptx.bf16_lo(high), x[1] - ptx.bf16_hi(high))
+
+
+def product(a, b):
+    """16 x 16 by 16 x 16, of operands in high and low parts."""
+    out = []
+    for nt in range(2):
+        acc = (Float32(0.0),) * 4
+        for i, j in ((1, 0), (0, 1), (0, 0)):
+            acc = ptx.mma_bf16(tuple(r[i] for r in a), b[nt][j], b[nt + 2][j], acc)
+        out.append(acc)
+    return out
+
+
+def store_tile(base: Int32, i: int, j: int, words, lane: Int32) -> None:
+    """Block (i, j) of a [32, 32] bf16 operand (64-byte swizzle)."""
+    r = SUB * i + lane % 16
+    chunk = (2 * j + lane // 16) ^ ((r // 2) % 4)
+    ptx.stmatrix_x4(base + r * 64 + chunk * 16, tuple(words))
+
+
+@cute.jit
+def delta(i: Int32, j: cutlass.Constexpr[int]) -> Float32:
+    return Float32(1.0) if i == j else Float32(0.0)
