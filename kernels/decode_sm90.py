@@ -19,7 +19,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
-from . import gate, ptx, schedule
+from . import fragments, gate, ptx, schedule
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
 from .fwd_sm90 import EPS, USUAL, KdaFwdSm90, fake_tensors
 from .gate import G_SCALE, LOG2_1P, LOG2_E
@@ -96,6 +96,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         tables = *(table(TOKENS * n * 4) for n in (K, K, K, ROWS)), table(TOKENS * NUMBERS)
         if const_expr(not self.config.state_v_first):
             tables = (*tables, table(2 * SUMS))
+        cuts = table(4 * schedule.CUTS)
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
@@ -105,11 +106,9 @@ class KdaDecodeSm90(KdaFwdSm90):
         if n >= N:
             tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
-        rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
+        cuts = cuts + warp * schedule.CUTS
         if (cu_seqlens != 0) & (n < N):
-            rest = schedule.cut(Int32(0), cu_seqlens, flags, T) + T - schedule.cut(N, cu_seqlens, flags, T)
-            if schedule.cut(n, cu_seqlens, flags, T) > schedule.cut(n + 1, cu_seqlens, flags, T):
-                rest, me, of = Int32(1), Int32(0), Int32(1)
+            schedule.ask_cuts(cuts, n, N, cu_seqlens, flags)
 
         inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
         self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
@@ -131,10 +130,8 @@ class KdaDecodeSm90(KdaFwdSm90):
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
                 self.put(raw, tables, left, slope, ptx.as_f32(bias), lower_bound, thread)
-                numbers = raw, tables, left, scale, beta_t, flags, warp, lane
-                if ptx.any_of(self.put_numbers(*numbers, False) != 0):
-                    self.put_numbers(*numbers, True)
-                    cute.arch.sync_threads()
+                self.put_queries(raw, tables, left, scale, beta_t, flags, warp, lane)
+                cute.arch.sync_threads()
                 if left < tokens - t:
                     left = cutlass.min(tokens - t - TOKENS, TOKENS)
                     self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
@@ -151,6 +148,11 @@ class KdaDecodeSm90(KdaFwdSm90):
                 self.move(S, token_states, after, part, warp, lane, (flags & TOKEN_STATES_BF16) != 0, False)
         if (final_state != 0) & kept:
             self.move(S, final_state, place, part, warp, lane, (flags & FINAL_BF16) != 0, False)
+        rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
+        if (cu_seqlens != 0) & (n < N):
+            rest, decreasing = schedule.rest_of(cuts, T, flags)
+            if decreasing:
+                rest, me, of = Int32(1), Int32(0), Int32(1)
         if rest > 0:
             for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
                 S[i] = Float32(0.0)
@@ -207,63 +209,72 @@ class KdaDecodeSm90(KdaFwdSm90):
 
     @cute.jit
     def put(self, raw, tables, left: Int32, slope, bias: Float32, lower_bound: Float32, thread: Int32):
-        """A channel of q, k and the decay, and a row of v, of each token."""
+        """A channel of the decay, and a row of v, of each token."""
         for j in cutlass.range(thread // ROWS, left, 128 // ROWS, unroll=1):
             ptx.sts_f32(tables[3] + (j * ROWS + thread % ROWS) * 4, raw[3][j, thread % ROWS].to(Float32))
         if thread < self.config.K:
             for j in cutlass.range(left, unroll=1):
-                q, k, g = (x[j, thread].to(Float32) for x in raw[:3])
-                for to, x in zip(tables[:3], (q, k, self.decay_of(g, slope, bias, lower_bound)), strict=True):
-                    ptx.sts_f32(to + (j * self.config.K + thread) * 4, x)
+                decay = self.decay_of(raw[2][j, thread].to(Float32), slope, bias, lower_bound)
+                ptx.sts_f32(tables[2] + (j * self.config.K + thread) * 4, decay)
 
     @cute.jit
-    def put_numbers(
-        self, raw, tables, left: Int32, scale: Float32, beta: Float32, flags: Int32, warp: Int32, lane: Int32,
-        large: cutlass.Constexpr,
+    def put_queries(
+        self, raw, tables, left: Int32, scale: Float32, beta: Float32, flags: Int32, warp: Int32, lane: Int32
     ):  # fmt: skip
-        """Every fourth token: lanes 0 to 3 of a warp store what q and k are multiplied with, q k and beta. Returns
-        whether squares may have overflowed. `large` makes q and k smaller by a power of two first, in their tables."""
-        unusual = Int32(0)
+        """q and k of every fourth token, and from lanes 0 to 3 what they are multiplied with, q k and beta. Where
+        squares may overflow, q and k are made smaller by a power of two first."""
+        n = self.config.K // 32
+        qk = cute.make_rmem_tensor((2 * n,), Float32)  # neighbouring channels of q, then of k
         for j in cutlass.range(warp, left, 4, unroll=1):
-            channels = range(self.config.K // 32)
-            q, k = ([x[j, i * 32 + lane].to(Float32) for i in channels] for x in raw[:2])
-            down = [Float32(1.0)] * 2
-            if const_expr(large):
-                down = [self.power_below(x) for x in (q, k)]
-                q, k = ([y * times for y in x] for x, times in ((q, down[0]), (k, down[1])))
-                for i in cutlass.range_constexpr(len(q)):
-                    at = (j * self.config.K + i * 32 + lane) * 4
-                    ptx.sts_f32(tables[0] + at, q[i])
-                    ptx.sts_f32(tables[1] + at, k[i])
-            sums = [Float32(0.0)] * 4
-            for i in cutlass.range_constexpr(len(q)):
-                sums = [
-                    ptx.fma(q[i], q[i], sums[0]),
-                    ptx.fma(k[i], k[i], sums[1]),
-                    ptx.fma(q[i], k[i], sums[2]),
-                    sums[3],
-                ]
-            (x,) = self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))
-            norm = Float32(1.0)
-            if const_expr(large):
-                norm = cutlass.select_(lane == 0, down[0], down[1])
+            at = j * self.config.K + lane * n
+            for i in cutlass.range_constexpr(2):
+                for e, x in enumerate(self.numbers(raw[i].iterator.toint() + at * 2, n)):
+                    qk[i * n + e] = x
+            x = self.products(qk, lane)
+            down = Float32(1.0)
+            if cute.arch.vote_ballot_sync((lane < 2) & (not (x < USUAL))) != 0:
+                down_q, down_k = self.power_below(qk, 0), self.power_below(qk, n)
+                for e in cutlass.range_constexpr(n):
+                    qk[e] = qk[e] * down_q
+                    qk[n + e] = qk[n + e] * down_k
+                x = self.products(qk, lane)
+                down = cutlass.select_(lane == 0, down_q, down_k)
+            for i in cutlass.range_constexpr(2):
+                self.put_vector(tables[i] + at * 4, [qk[i * n + e] for e in range(n)])
+            norm = 1.0 / down
             if (flags & L2NORM) != 0:
-                norm = ptx.rsqrt(ptx.fma(norm * norm, Float32(EPS), x))
-            else:
-                norm = 1.0 / norm
-            unusual = unusual | Int32((lane < 2) & (not (x < USUAL)))
+                norm = ptx.rsqrt(ptx.fma(down * down, Float32(EPS), x))
             b = cute.arch.shuffle_sync(beta, j // 4)
             if lane < 4:
                 x = cutlass.select_(lane < 2, norm * cutlass.select_(lane == 0, scale, Float32(1.0)), x)
                 ptx.sts_f32(tables[4] + j * NUMBERS + lane * 4, cutlass.select_(lane == 3, b, x))
-        return unusual
+
+    def numbers(self, at: Int32, n: int):
+        """n neighbouring numbers of the inputs' type from shared memory."""
+        words = ptx.lds_u32x2(at) if n == 4 else (ptx.lds_u32(at),)
+        return [x for word in words for x in fragments.pair(word, self.config.dtype)]
+
+    def put_vector(self, at: Int32, x) -> None:
+        if len(x) == 4:
+            ptx.sts_f32x4(at, tuple(x))
+        else:
+            ptx.sts_f32x2(at, *x)
+
+    def products(self, qk: cute.Tensor, lane: Int32):
+        """q q, k k or q k, whichever lane % 4 is."""
+        n = self.config.K // 32
+        sums = [Float32(0.0)] * 4
+        for e in range(n):
+            q, k = qk[e], qk[n + e]
+            sums = [ptx.fma(q, q, sums[0]), ptx.fma(k, k, sums[1]), ptx.fma(q, k, sums[2]), sums[3]]
+        return self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))[0]
 
     @cute.jit
-    def power_below(self, x):
+    def power_below(self, qk: cute.Tensor, first: cutlass.Constexpr):
         """1, or 2^-80 if any of a token's numbers is beyond 2^50."""
         largest = Float32(0.0)
-        for i in cutlass.range_constexpr(len(x)):
-            largest = ptx.maximum(largest, ptx.absolute(x[i]))
+        for i in cutlass.range_constexpr(self.config.K // 32):
+            largest = ptx.maximum(largest, ptx.absolute(qk[first + i]))
         for i in cutlass.range_constexpr(5):
             largest = ptx.maximum(largest, cute.arch.shuffle_sync_bfly(largest, 1 << i))
         return cutlass.select_(largest > 2.0**50, Float32(2.0**-80), Float32(1.0))

@@ -251,9 +251,10 @@ def ldg_state(at: Int64, n: int, size: int, *, loc=None, ip=None) -> tuple[Float
 
 
 @dsl_user_op
-def copy_async(to: Int32, at: Int64, *, loc=None, ip=None) -> None:
-    """16 bytes from global to shared memory."""
-    _asm("cp.async.cg.shared.global [$0], [$1], 16;", [], [to, at], "r,l,~{memory}", True, loc, ip)
+def copy_async(to: Int32, at: Int64, size: int = 16, *, loc=None, ip=None) -> None:
+    """4, 8 or 16 bytes from global to shared memory."""
+    through = "cg" if size == 16 else "ca"  # cg: past L1
+    _asm(f"cp.async.{through}.shared.global [$0], [$1], {size};", [], [to, at], "r,l,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
@@ -312,17 +313,6 @@ def all_of(condition: Boolean, barrier: Int32, *, loc=None, ip=None) -> Boolean:
         "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; barrier.cta.red.and.pred q, $2, 128, p; selp.b32 $0, 1, 0, q; "
         "redux.sync.max.s32 $0, $0, 0xffffffff; }",
         [Int32], [Int32(condition), barrier], "=r,r,r,~{memory}", True, loc, ip,
-    )  # fmt: skip
-    return x != 0
-
-
-@dsl_user_op
-def any_of(condition: Boolean, *, loc=None, ip=None) -> Boolean:
-    """Whether it holds for any thread of the block, all of which meet here."""
-    x = _asm(
-        "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; barrier.cta.red.or.pred q, 0, p; selp.b32 $0, 1, 0, q; "
-        "redux.sync.max.s32 $0, $0, 0xffffffff; }",
-        [Int32], [Int32(condition)], "=r,r,~{memory}", True, loc, ip,
     )  # fmt: skip
     return x != 0
 

@@ -28,6 +28,7 @@ PIECE = 48  # bytes: what find_piece returns; then, for checkpoints, chunks of t
 PLAN = AT_PIECES + PIECE * PIECES
 # What becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do for it.
 FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED, BUILT = (1 << i for i in range(9))
+CUTS = 32  # bytes: entries of cu_seqlens, for `rest_of`
 SPAN = 1 << 16  # first worker and SPAN times the last one
 
 
@@ -235,6 +236,35 @@ def cut(n: Int32, cu_seqlens: Int64, flags: Int32, T: Int32) -> Int32:
     else:
         x = clamp(Int64(ptx.ldg_i32(cu_seqlens + Int64(n) * 4)), T)
     return x
+
+
+@cute.jit
+def ask_cuts(to: Int32, n: Int32, N: Int32, cu_seqlens: Int64, flags: Int32):
+    """Copies cu_seqlens 0, N, n and n + 1 into a warp's CUTS bytes of shared memory, for `rest_of`."""
+    lane, i = cute.arch.lane_idx(), n
+    if lane < 2:
+        i = lane * N
+    if lane == 3:
+        i = n + 1
+    if lane < 4:
+        if (flags & CU_INT64) != 0:
+            ptx.copy_async(to + lane * 8, cu_seqlens + Int64(i) * 8, 8)
+        else:
+            ptx.copy_async(to + lane * 8, cu_seqlens + Int64(i) * 4, 4)
+    cute.arch.cp_async_commit_group()
+
+
+@cute.jit
+def rest_of(cuts: Int32, T: Int32, flags: Int32):
+    """(tokens before the first sequence and behind the last one, whether a sequence ends before it begins)"""
+    cute.arch.cp_async_wait_group(0)
+    x = Int64(0)
+    if cute.arch.lane_idx() < 4:
+        x = Int64(ptx.lds_i32(cuts + cute.arch.lane_idx() * 8))
+        if (flags & CU_INT64) != 0:
+            x = ptx.pair(Int32(x), ptx.lds_i32(cuts + cute.arch.lane_idx() * 8 + 4))
+    first, last, begin, end = (cute.arch.shuffle_sync(clamp(x, T), i) for i in range(4))
+    return first + T - last, begin > end
 
 
 @cute.jit
