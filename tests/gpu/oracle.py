@@ -64,6 +64,12 @@ def truth(call: Call) -> Truth:
     return Truth(o[:, :, : case.HV], typical, S[:, : case.HV])
 
 
+def give_memory_back(keep: int = 1 << 30) -> None:
+    """What torch's allocator holds for later, if it is more than `keep` bytes: other processes may want it."""
+    if torch.cuda.memory_reserved() > keep:
+        torch.cuda.empty_cache()
+
+
 def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
     """||x - y||_F / ||y||_F."""
     return ((x.double() - y).norm() / y.double().norm()).item()

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,16 @@ from kda_cute import contract, ops
 from kda_cute.kernels.config import ITEM_COST, part
 from kda_cute.ops import chunk_kda, chunk_kda_summary, fwd
 from kda_cute.reference import chunked, recurrence
-from tests.gpu.oracle import BOUND, DRAW, check_checkpoints, check_o, check_state, relative_error, truth
+from tests.gpu.oracle import (
+    BOUND,
+    DRAW,
+    check_checkpoints,
+    check_o,
+    check_state,
+    give_memory_back,
+    relative_error,
+    truth,
+)
 from tests.strategies import DTYPES, Call, Case, Guarded, cases, make
 
 pytestmark = pytest.mark.gpu
@@ -84,6 +94,7 @@ def run(call: Call, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check(case: Case, run: Callable[..., Any] = chunk_kda, at_most: float = BOUND, draw: float = DRAW) -> None:
     """One call between canaries, with poison where its results go, against fp64."""
+    give_memory_back()
     call = make(case, DEVICE)
     expected = truth(call)
     outputs: dict[str, Guarded] = {}
@@ -510,8 +521,11 @@ def test_a_million_tokens() -> None:
 
 
 def free_gigabytes(need: float) -> None:
+    """Waits for a minute at most for what other processes use just then."""
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 1e9
+    end = time.monotonic() + 60
+    while (free := torch.cuda.mem_get_info()[0] / 1e9) < need and time.monotonic() < end:
+        time.sleep(1)
     if free < need:
         pytest.skip(f"needs {need} GB of GPU memory, {free:.0f} GB are free")
 
