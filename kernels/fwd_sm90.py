@@ -516,7 +516,8 @@ class KdaFwdSm90:
         sPlan, lane = work[0], cute.arch.lane_idx()
         if readers_end > 0:
             cute.arch.mbarrier_wait(settled[1], 0)
-            segments.tell(self.team, workspace, most_workers, sPlan, Int64(EXACT), self.worker()[0] + 1, readers_end)
+            hashes = (segments.noted(self.team, sPlan, 0),) * 2  # nobody asks what it began with
+            segments.tell(self.team, workspace, most_workers, Int64(EXACT), hashes, self.worker()[0] + 1, readers_end)
         if segment > 0:
             cute.arch.sync_warp()
             at = sPlan + AT_PIECES + (count - 1) % PIECES * PIECE

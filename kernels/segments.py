@@ -138,11 +138,11 @@ def seal(ends: Int64, begins: Int64) -> Int64:
 
 @cute.jit
 def tell(
-    team: cutlass.Constexpr, workspace: Int64, most_workers: Int32, sPlan: Int32, what: Int64, first: Int32, end: Int32
-):
+    team: cutlass.Constexpr, workspace: Int64, most_workers: Int32, what: Int64, hashes: tuple[Int64, Int64],
+    first: Int32, end: Int32,
+):  # fmt: skip
     """The blocks of workers first to end - 1, but not this one."""
-    own = cute.arch.block_idx()[0]
-    ends, begins = noted(team, sPlan, 0), noted(team, sPlan, 1)
+    own, (ends, begins) = cute.arch.block_idx()[0], hashes
     for other in cutlass.range(team.blocks * first + cute.arch.lane_idx(), team.blocks * end, 32, unroll=1):
         if other != own:
             at = told(team, workspace, most_workers, other, own)
@@ -167,7 +167,8 @@ def judge(
     if const_expr(team.blocks == 1):
         if (fate & BUILT) != 0:
             what = Int64(GIVEN)
-    tell(team, workspace, most_workers, sPlan, what, worker, span // SPAN + 1)
+    hashes = noted(team, sPlan, 0), noted(team, sPlan, 1)
+    tell(team, workspace, most_workers, what, hashes, worker, span // SPAN + 1)
     end, wrong, before = team.blocks * (worker + 1), Int32(0), Int64(0)
     for nth in cutlass.range(team.blocks * (span % SPAN), end, 32, unroll=1):
         other = nth + lane
