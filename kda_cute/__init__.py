@@ -40,4 +40,4 @@ def __dir__() -> list[str]:
 # For programs that torch.export has saved. Where torch is missing, broken or too old, the names above say so when used,
 # and `kda-cute doctor` works all the same.
 with suppress(Exception):
-    from . import library as _library  # noqa: F401
+    from . import torch_ops as _torch_ops  # noqa: F401

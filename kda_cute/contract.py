@@ -14,10 +14,11 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from .call import Call
 from .environment import switch
 
 LOWER_BOUND_MIN = -5.0  # 16 tokens of -5 nats stay inside fp32's and bf16's exponent range, see kernels/
@@ -30,6 +31,16 @@ _INDEX = frozenset((torch.int32, torch.int64))
 
 # KDA_CUTE_CHECK=1: pay for a synchronisation a call and have values checked too. Read once: a look-up costs 0.7 us.
 CHECK_VALUES = switch("KDA_CUTE_CHECK", False)
+
+
+class Sizes(NamedTuple):
+    B: int
+    T: int
+    H: int  # of q and k
+    HV: int  # of v, g and beta
+    K: int
+    V: int
+    N: int  # sequences, B without cu_seqlens
 
 
 def check_call(
@@ -51,8 +62,8 @@ def check_call(
     out: torch.Tensor | None,
     final_state: torch.Tensor | None,
     state_indices: torch.Tensor | None = None,
-) -> tuple[int, int, int, int, int, int, int]:
-    """The contract of `chunk_kda` on every backend. Returns B, T, H, HV, K, V, N (sequences, B without cu_seqlens)."""
+) -> Sizes:
+    """The contract of `chunk_kda` on every backend."""
     Tensor = torch.Tensor
     if not (
         isinstance(q, Tensor)
@@ -168,10 +179,10 @@ def check_call(
             _bad_shape("out", out.shape, f"{list(v_shape)}, [B, T, HV, V] like v")
         if out.device != device:
             _bad_device(device, out=out)
-    return B, T, H, HV, K, V, N
+    return Sizes(B, T, H, HV, K, V, N)
 
 
-def check_named(call: Mapping[str, Any]) -> tuple[int, int, int, int, int, int, int]:
+def check_named(call: Mapping[str, Any]) -> Sizes:
     """`check_call` of arguments by their names; what is missing is None, or False."""
     arguments: list[Any] = [call.get(name) for name in _CHECKED]
     return check_call(*arguments)
@@ -184,10 +195,13 @@ def state_shape(N: int, HV: int, K: int, V: int, state_v_first: bool) -> tuple[i
     return (N, HV, V, K) if state_v_first else (N, HV, K, V)
 
 
-def check_token_states(
-    x: torch.Tensor, q: torch.Tensor, shape: tuple[int, int, int, int, int], state_v_first: bool
-) -> None:
-    B, T, HV, K, V = shape
+def state_dtype(v: torch.Tensor) -> torch.dtype:
+    """Of states that are made."""
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def check_token_states(x: torch.Tensor, q: torch.Tensor, sizes: Sizes, state_v_first: bool) -> None:
+    B, T, _, HV, K, V, _ = sizes
     if not isinstance(x, torch.Tensor):
         _not_tensor(token_states=x)
     if x.dtype not in _STATE and not (x.dtype is q.dtype is torch.float64):
@@ -249,6 +263,15 @@ def not_served(
 def refuse_grad(why: str, **tensors: torch.Tensor | None) -> NoReturn:
     names = [name for name, x in tensors.items() if x is not None and x.requires_grad]
     raise NotImplementedError(f"{', '.join(names)} requires grad: {why}")
+
+
+def check_values(call: Call, sizes: Sizes) -> None:
+    """Those of cu_seqlens and state_indices, and with KDA_CUTE_CHECK those of g under safe_gate."""
+    tokens = sizes.T if call.cu_seqlens is None else check_cu_seqlens(call.cu_seqlens, sizes.T)
+    if CHECK_VALUES and call.safe_gate and not call.use_gate_in_kernel:
+        check_log_decay(call.g, tokens)
+    if call.state_indices is not None and call.initial_state is not None:
+        check_state_indices(call.state_indices, call.initial_state.shape[0])
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import contract, library, ops
+from . import contract, devices, ops, transforms
 
 try:
     from fla.backends import BaseBackend, register
@@ -32,10 +32,6 @@ DECODE_NAMES = tuple(inspect.signature(inspect.unwrap(fla_decode)).parameters)
 OURS = inspect.signature(ops.chunk_kda).parameters.keys() - {"out", "final_state", "backend", "fla_kwargs"}
 
 
-def _is_hopper(index: int) -> bool:
-    return torch.version.hip is None and ops._gpu(index)[0] == (9, 0)
-
-
 class _Backend(BaseBackend):
     backend_type = "kda_cute"
     package_name = "kda_cute"
@@ -45,7 +41,7 @@ class _Backend(BaseBackend):
     @classmethod
     @functools.cache
     def is_available(cls) -> bool:
-        return any(_is_hopper(i) for i in range(torch.cuda.device_count()))
+        return any(devices.is_hopper(i) for i in range(torch.cuda.device_count()))
 
 
 @register(fla_chunk_kda)
@@ -111,7 +107,7 @@ def _why_not(call: dict[str, Any], ours: Set[str] = OURS) -> str | None:
     unknown = call.keys() - ours - contract.FLA_KWARGS
     if unknown:
         return f"kda_cute does not know the argument {min(unknown)}"
-    if library.wants_grad(call):
+    if transforms.wants_grad(call):
         return "kda_cute has no backward kernels, and fla's need what fla's forward keeps"
     try:
         others = {name: call[name] for name in call.keys() - ours}
@@ -120,7 +116,7 @@ def _why_not(call: dict[str, Any], ours: Set[str] = OURS) -> str | None:
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"kda_cute: {error}"  # if fla does not take it either, fla says so
     q = call["q"]
-    if not (q.is_cuda and _is_hopper(q.get_device())):
+    if not (q.is_cuda and devices.is_hopper(q.get_device())):
         return f"kda_cute needs a Hopper GPU: q is on {q.device}"
     why_not = contract.not_served(K, V, q, call["g"], call["beta"])
     return why_not and f"kda_cute: {why_not}"

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-WRITTEN = ("out", "final_state", "token_states")
+from .call import WRITTEN
+
 SEARCH_MAX = 10_000  # steps, until two tensors that are woven into each other count as sharing memory
 
 Ranges = dict[str, tuple[int, int]]  # addresses of an argument's first byte, and of the first one past it

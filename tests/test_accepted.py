@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd, library
+from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
+from kda_cute.call import DIFFERENTIABLE
 from tests.strategies import DTYPES, Case, make
 from tests.test_library import nothing_compiled_before, operator_arguments  # noqa: F401
 
@@ -189,7 +190,7 @@ def test_gradients_under_defaults_of_torch(by: str, defaults: dict[str, Any]) ->
     made = []
     for given in ({}, defaults):
         kwargs = make(PACKED).kwargs
-        leaves = [kwargs[name].requires_grad_() for name in library.DIFFERENTIABLE]
+        leaves = [kwargs[name].requires_grad_() for name in DIFFERENTIABLE]
         with default(**given):
             o, S = FUNCTIONS[by](**kwargs)
             made.append(torch.autograd.grad(o[:, :40].sum() + S.sum(), leaves))

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kda_cute import contract, library, ops
+from kda_cute import checkpoints, contract, devices, known_calls
+from kda_cute.backends import hopper
+from kda_cute.call import Call
 from kda_cute.ops import chunk_kda, fused_recurrent_kda, fwd
 from kda_cute.reference import chunked
 from tests.strategies import DTYPES, Case, cases, make
@@ -280,21 +281,25 @@ def on_gpu(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "q": kwargs["q"].as_subclass(OnGpu)}
 
 
+PREPARED = (  # what the launch is made for
+    "scale", "lower_bound", "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel",
+    "allow_neg_eigval", "state_v_first",
+)  # fmt: skip
+
+
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """A Hopper GPU whose kernel records its arguments, fills o with ones and final_state with twos."""
     calls: list[Any] = []
 
-    def prepare(*of: torch.Tensor | None, **options: Any) -> Any:
-        def launch(*given: torch.Tensor | None, checked: bool = False) -> bool:
-            names = "q k v g beta o initial_state final_state A_log dt_bias cu_seqlens state_indices kept".split()
-            x = dict(zip(names, given, strict=True))
-            x.pop("kept")
+    def prepare(of: Call, sizes: Any) -> Any:
+        def launch(call: Call, o: torch.Tensor, final_state: torch.Tensor | None, checked: bool = False) -> bool:
+            names = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias", "cu_seqlens", "state_indices")
+            x = {name: getattr(call, name) for name in names} | {"o": o, "final_state": final_state}
             if any(t is not None and t.data_ptr() % 16 for name, t in x.items() if name not in ("beta", "cu_seqlens")):
                 return False
+            options = {name: getattr(of, name) for name in PREPARED}
             calls.append(({name: x.pop(name) for name in names[:5]}, {**x, **options}))
-            o, final_state = given[5], given[7]
-            assert o is not None
             o.fill_(1)
             if final_state is not None:
                 final_state.fill_(2)
@@ -302,10 +307,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor
 
         return launch
 
-    monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "NVIDIA H200"))
-    monkeypatch.setattr(ops, "_sm90", lambda: SimpleNamespace(prepare=prepare))
-    monkeypatch.setattr(ops, "_copies_logged", set())
-    monkeypatch.setattr(ops, "_known", {})
+    monkeypatch.setattr(devices, "gpu", lambda index: ((9, 0), "NVIDIA H200"))
+    monkeypatch.setattr(hopper, "prepare", prepare)
+    monkeypatch.setattr(hopper, "copies_logged", set())
+    monkeypatch.setattr(known_calls, "known", {})
     return calls
 
 
@@ -330,7 +335,7 @@ def test_not_served_on_the_gpu(case: Case, changes: dict[str, Any], message: str
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"])
 def test_gradients_on_the_gpu(name: str, kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward by the kernel, backward by something else."""
-    monkeypatch.setattr(library, "_fla", lambda: None)
+    monkeypatch.setattr("kda_cute.gradients.fla", lambda: None)
     kwargs = arguments(Case(1, (T,), H=H, initial_state="fp32", final_state="new"))
     kwargs[name].requires_grad_()
     o, S = chunk_kda(**on_gpu(kwargs))
@@ -345,14 +350,14 @@ def test_gradients_on_the_gpu(name: str, kernel: list[Any], monkeypatch: pytest.
 
 
 def test_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_gpu", lambda index: ((8, 0), "NVIDIA A100-SXM4-80GB"))
+    monkeypatch.setattr(devices, "gpu", lambda index: ((8, 0), "NVIDIA A100-SXM4-80GB"))
     with pytest.raises(RuntimeError, match=r'A100.*\(compute capability 8.0\).*Hopper.*backend="reference" works'):
         chunk_kda(**on_gpu(arguments()))
 
 
 def test_a_gpu_of_rocm_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4.1")
-    monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "AMD Instinct MI250X"))
+    monkeypatch.setattr(devices, "gpu", lambda index: ((9, 0), "AMD Instinct MI250X"))
     with pytest.raises(
         RuntimeError, match=r'AMD Instinct MI250X under ROCm: .* NVIDIA Hopper.*backend="reference" works'
     ):
@@ -531,7 +536,7 @@ def test_check_of_the_log_decay(value: float, monkeypatch: pytest.MonkeyPatch) -
 def test_checkpoints_have_room_whatever_cu_seqlens_says(cuts: list[int], T: int, interval: int, spare: int) -> None:
     """A kernel stores as many as the tokens that it takes have, and cannot see how many there may be."""
     rows = max(T // interval + len(cuts) - 1 if spare else 0, -(-T // interval)) + spare
-    first = ops._first_checkpoints(torch.tensor(cuts), T, interval, rows).tolist()
+    first = checkpoints.first_rows(torch.tensor(cuts), T, interval, rows).tolist()
     clamped = [min(max(x, 0), T) for x in cuts]
     for n, (begin, end) in enumerate(zip(clamped[:-1], clamped[1:], strict=True)):
         count = -(-max(end - begin, 0) // interval)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import library
+from kda_cute import devices
+from kda_cute.call import DIFFERENTIABLE
 from kda_cute.ops import chunk_kda
 from tests.strategies import Case, make
 from tests.test_contract import OnGpu, kernel, on_gpu  # noqa: F401
@@ -95,7 +96,7 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "kda_cute.fla", raising=False)
     module = importlib.import_module("kda_cute.fla")
-    monkeypatch.setattr(module, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(devices, "is_hopper", lambda index: True)
     monkeypatch.setattr(module._Backend, "is_available", classmethod(lambda cls: True))
     monkeypatch.delenv("FLA_KDA_CUTE", raising=False)
     return SimpleNamespace(
@@ -220,10 +221,10 @@ def test_a_gpu_of_rocm_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "kda_cute.fla", raising=False)
     module = importlib.import_module("kda_cute.fla")
     monkeypatch.delitem(sys.modules, "kda_cute.fla")
-    monkeypatch.setattr(module.ops, "_gpu", lambda index: ((9, 0), "a GPU"))
-    assert module._is_hopper(0)
+    monkeypatch.setattr(devices, "gpu", lambda index: ((9, 0), "a GPU"))
+    assert devices.is_hopper(0)
     monkeypatch.setattr(torch.version, "hip", "6.4.1")
-    assert not module._is_hopper(0)
+    assert not devices.is_hopper(0)
 
 
 def test_off_by_environment(fla: Any, kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -256,11 +257,11 @@ def test_backward_by_fla(case: Case, kernel: list[Any], monkeypatch: pytest.Monk
         seen.append(options)
         return chunk_kda(*qkvgb, **{**options, "backend": "reference"})
 
-    monkeypatch.setattr(library, "_fla", lambda: fla_chunk_kda)
+    monkeypatch.setattr("kda_cute.gradients.fla", lambda: fla_chunk_kda)
     monkeypatch.setattr(OnGpu, "detach", lambda self: torch.Tensor.detach(self).as_subclass(OnGpu), raising=False)
     kwargs = make(case).kwargs
     kwargs["initial_state"] = kwargs["initial_state"].bfloat16()
-    leaves = [kwargs[name] for name in library.DIFFERENTIABLE]
+    leaves = [kwargs[name] for name in DIFFERENTIABLE]
     for x in leaves:
         x.requires_grad_()
     o, S = chunk_kda(**on_gpu(kwargs))
@@ -275,7 +276,7 @@ def test_backward_by_fla(case: Case, kernel: list[Any], monkeypatch: pytest.Monk
 
 def test_backward_by_fla_looks_at_cu_seqlens(kernel: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """fla's kernels would write where it says, outside of the gradients too."""
-    monkeypatch.setattr(library, "_fla", lambda: pytest.fail)
+    monkeypatch.setattr("kda_cute.gradients.fla", lambda: pytest.fail)
     monkeypatch.setattr(OnGpu, "detach", lambda self: torch.Tensor.detach(self).as_subclass(OnGpu), raising=False)
     kwargs = make(PACKED).kwargs
     kwargs["v"].requires_grad_()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import contract, jit, ops, sm90
+from kda_cute import contract, devices, jit, known_calls
+from kda_cute.backends import hopper
 from kda_cute.kernels.config import KdaFwdConfig
 from kda_cute.ops import chunk_kda, fwd
 from tests.strategies import Case
@@ -33,11 +34,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         )
 
     monkeypatch.setattr(jit, "load", load)
-    monkeypatch.setattr(sm90, "_sm_count", lambda device: 132)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(ops, "_gpu", lambda index: ((9, 0), "NVIDIA H200"))
-    monkeypatch.setattr(ops, "_copies_logged", set())
-    monkeypatch.setattr(ops, "_known", {})
+    monkeypatch.setattr(hopper, "sm_count", lambda device: 132)
+    monkeypatch.setattr(hopper, "current_device", lambda: 0)
+    monkeypatch.setattr(devices, "gpu", lambda index: ((9, 0), "NVIDIA H200"))
+    monkeypatch.setattr(hopper, "copies_logged", set())
+    monkeypatch.setattr(known_calls, "known", {})
     return calls
 
 
@@ -65,7 +66,7 @@ def make_known(kwargs: dict[str, Any], launches: list[Any]) -> None:
     """Two calls, so that the third takes the short way."""
     for _ in range(2):
         chunk_kda(**kwargs)
-    assert any(ops._known.values())
+    assert any(known_calls.known.values())
     launches.clear()
 
 
@@ -113,7 +114,7 @@ def test_another_gpu_is_current(launches: list[Any], monkeypatch: pytest.MonkeyP
         yield
         current[0] = before
 
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(hopper, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     on: list[int] = []
     load = jit.load
@@ -317,7 +318,7 @@ def test_change_takes_effect(changes: dict[str, Any], launches: list[Any]) -> No
     chunk_kda(**kwargs)
     expected, plain = launches
     assert expected != plain
-    ops._known.clear()
+    known_calls.known.clear()
     make_known(kwargs, launches)
     for _ in range(4):
         chunk_kda(**changed)
@@ -382,11 +383,11 @@ def test_configuration_follows_the_call(launches: list[Any]) -> None:
 
 
 def test_memory_is_bounded(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "KNOWN_MAX", 3)
+    monkeypatch.setattr(known_calls, "KNOWN_MAX", 3)
     for scale in range(1, 20):
         for _ in range(2):
             chunk_kda(**full(FIXED, scale=scale))
-        assert len(ops._known) <= 3
+        assert len(known_calls.known) <= 3
     assert launches[-1][19] == 19
 
 
@@ -400,7 +401,7 @@ def test_no_tensor_is_kept(launches: list[Any]) -> None:
 
 
 def test_torch_without_its_guards(launches: list[Any], checks: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "TensorGuards", None)
+    monkeypatch.setattr(known_calls, "TensorGuards", None)
     for _ in range(4):
         chunk_kda(**full(FIXED))
     assert len(launches) == len(checks) == 4

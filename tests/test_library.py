@@ -17,7 +17,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd, library
+from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
+from kda_cute.call import ARGUMENTS, DIFFERENTIABLE
 from kda_cute.reference import recurrence
 from tests.strategies import Case, make
 
@@ -35,14 +36,14 @@ def nothing_compiled_before() -> None:
 
 
 def operator_arguments(kwargs: dict[str, Any]) -> list[Any]:
-    return [kwargs.get(name) for name in library.ARGUMENTS]
+    return [kwargs.get(name) for name in ARGUMENTS]
 
 
 def with_leaves(kwargs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """All that can be differentiated as leaves of their own, in the dtype of each if none is given."""
     leaves = {
         name: kwargs[name].to(dtype or kwargs[name].dtype, copy=True).requires_grad_()
-        for name in library.DIFFERENTIABLE
+        for name in DIFFERENTIABLE
         if kwargs.get(name) is not None
     }
     return {**kwargs, **leaves}
@@ -57,7 +58,7 @@ def gradients(run: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, torch.
             weights = torch.linspace(first, -first, x.numel(), dtype=torch.float64, device=x.device)
             loss = loss + (x.double() * weights.view(x.shape)).sum()
     loss.backward()
-    return {name: kwargs[name].grad for name in library.DIFFERENTIABLE if kwargs.get(name) is not None}
+    return {name: kwargs[name].grad for name in DIFFERENTIABLE if kwargs.get(name) is not None}
 
 
 def operator(**kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -81,7 +82,7 @@ def test_opcheck_of_the_others(case: Case) -> None:
     out, state = torch.zeros_like(kwargs["v"]), torch.zeros(case.state_shape)
     torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, state])
     torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, None])
-    wanted = [kwargs.get(name) is not None for name in library.DIFFERENTIABLE]
+    wanted = [kwargs.get(name) is not None for name in DIFFERENTIABLE]
     for dht in (state, None):
         torch.library.opcheck(
             torch.ops.kda_cute.chunk_kda_backward.default, [torch.ones_like(out), dht, *arguments, wanted]
@@ -107,7 +108,7 @@ def test_gradcheck() -> None:
         4, (3, 2), "int32", H=1, K=3, V=2, dtype="fp64", g_dtype="fp64", initial_state="fp32", final_state="new"
     )
     kwargs = with_leaves(make(case).kwargs, torch.float64)
-    names = [name for name in library.DIFFERENTIABLE if kwargs.get(name) is not None]
+    names = [name for name in DIFFERENTIABLE if kwargs.get(name) is not None]
 
     def run(*leaves: torch.Tensor) -> Any:
         return operator(**{**kwargs, **dict(zip(names, leaves, strict=True))})

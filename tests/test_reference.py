@@ -352,7 +352,8 @@ def test_one_token_spoils_only_what_comes_after_it(drawn: Any, dtype: torch.dtyp
     close = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(o_after[begin:token, heads], o[begin:token, heads], rtol=close, atol=close)
     o_after[begin:end, heads], S_after[n, heads] = o[begin:end, heads], S[n, heads]
-    assert torch.equal(o_after, o) and torch.equal(S_after, S)
+    for x, y in ((o_after, o), (S_after, S)):  # what is not finite makes the others go another way, in other roundings
+        torch.testing.assert_close(x, y, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("function", [recurrence, chunked])

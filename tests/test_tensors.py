@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kda_cute import chunk_kda, fused_recurrent_kda, memory, ops, sm90
+from kda_cute import chunk_kda, fused_recurrent_kda, known_calls, memory
+from kda_cute.backends import hopper
 from tests.strategies import Case, make
 from tests.test_contract import arguments, bf16, fp32, on_gpu, zeros
 from tests.test_known_calls import FIXED, PACKED, address, full, launches, make_known  # noqa: F401
@@ -83,14 +84,14 @@ def test_classes_that_are_memory_stay_known(of: str, launches: list[Any], monkey
 
 
 def test_addresses_that_are_remembered_are_bounded(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(sm90, "RIGHT_MAX", 3)
-    monkeypatch.setattr(sm90, "_right", set())
+    monkeypatch.setattr(hopper, "RIGHT_MAX", 3)
+    monkeypatch.setattr(hopper, "right", set())
     kwargs = full(FIXED)
     make_known(kwargs, launches)
     others = [zeros(B, T, H, D) for _ in range(10)]
     for out in others:
         chunk_kda(**{**kwargs, "out": out})
-        assert 1 <= len(sm90._right) <= 3
+        assert 1 <= len(hopper.right) <= 3
     assert len(launches) == 10
 
 
@@ -280,7 +281,7 @@ def test_shared_memory(change: Any, message: str, known: bool, device: str, laun
         if "address for" not in message:
             for _ in range(3):
                 function(**{**kwargs, **apart})
-            assert device == "reference" or any(ops._known.values())
+            assert device == "reference" or any(known_calls.known.values())
     launches.clear()
     for _ in range(3):
         with pytest.raises(ValueError, match=message):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd, library
+from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
+from kda_cute.call import DIFFERENTIABLE
 from tests.strategies import Case, make
 from tests.test_contract import arguments
 from tests.test_known_calls import PACKED as SERVED
@@ -43,7 +44,7 @@ reads_under_func = pytest.mark.skipif(not _reads_under_func(), reason="this torc
 def floats(case: Case) -> tuple[list[str], list[torch.Tensor], dict[str, Any]]:
     """The names and values of what can be differentiated, in fp64, and the rest of the call."""
     kwargs = make(case).kwargs
-    names = [name for name in library.DIFFERENTIABLE if name in kwargs]
+    names = [name for name in DIFFERENTIABLE if name in kwargs]
     return names, [kwargs.pop(name).double() for name in names], kwargs
 
 

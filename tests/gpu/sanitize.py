@@ -11,7 +11,8 @@ import itertools
 
 import torch
 
-from kda_cute import chunk_kda, fused_recurrent_kda, ops, sm90
+from kda_cute import chunk_kda, fused_recurrent_kda, known_calls
+from kda_cute.backends import hopper
 from kda_cute.kernels.config import GATES
 from tests.gpu.oracle import BOUND, relative_error
 
@@ -88,11 +89,11 @@ def main() -> None:
     cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), GATES, (False, True), (True, False))
     cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder
     for i, (split, g_dtype, gate, neg_eigval, varlen) in enumerate(cases):
-        sm90.v_split = lambda *_, split=split: split
+        hopper.v_split = lambda *_, split=split: split
         # so few that items are cut, so many that they are segments
-        sm90._sm_count = lambda _, few=varlen: 4 if few else 132
-        sm90.builds_maps = lambda *_, split=split: split == 1
-        ops._known.clear()
+        hopper.sm_count = lambda _, few=varlen: 4 if few else 132
+        hopper.builds_maps = lambda *_, split=split: split == 1
+        known_calls.known.clear()
         state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
         decay = "strong" if varlen else ("strong", "weak", "huge state")[(i // 3 + i // 9) % 3]
         found = call(g_dtype, gate, neg_eigval, varlen, state_dtype, state_v_first, decay)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kda_cute import chunk_kda, fused_recurrent_kda, ops
+from kda_cute import chunk_kda, fused_recurrent_kda, known_calls
 from tests.gpu.oracle import BOUND, relative_error
 from tests.gpu.test_kda_gpu import DEVICE, check
 from tests.strategies import Case, cases, make
@@ -96,4 +96,4 @@ def test_host_remembers_a_call() -> None:
     kwargs = make(Case(5, (1,) * 4, H=2, initial_state="fp32"), DEVICE).kwargs
     for _ in range(3):
         decode(**kwargs)
-    assert any(known is not None for known in ops._known.values())
+    assert any(known is not None for known in known_calls.known.values())

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import chunk_kda, fused_recurrent_kda, ops, sm90
+from kda_cute import chunk_kda, fused_recurrent_kda, known_calls
+from kda_cute.backends import hopper
 from kda_cute.reference import recurrence
 from tests.gpu.oracle import BOUND, relative_error
 from tests.gpu.test_kda_gpu import BAD_CUTS, BAD_CUTS_64, DEVICE, bits
@@ -26,9 +27,9 @@ BOTH = pytest.mark.parametrize("function", [chunk_kda, fused_recurrent_kda])
 @contextlib.contextmanager
 def v_split(split: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sm90, "v_split", lambda *_: split)
-        m.setattr(sm90, "builds_maps", lambda *_: False)
-        m.setattr(ops, "_known", {})
+        m.setattr(hopper, "v_split", lambda *_: split)
+        m.setattr(hopper, "builds_maps", lambda *_: False)
+        m.setattr(known_calls, "known", {})
         yield
 
 
@@ -100,7 +101,7 @@ def test_threads_on_the_default_stream(kind: str, threads: int = 3, calls: int =
             worker.join()
     assert not failed, failed
     assert [int(x) for x in wrong] == [0] * (threads + 1)
-    for kept in sm90._workspaces.values():
+    for kept in hopper.kept_workspaces.values():
         assert len(kept) <= threads + 1
 
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from kda_cute import contract, ops
+from kda_cute import contract, known_calls
+from kda_cute.backends import hopper
 from kda_cute.kernels.config import ITEM_COST, part
 from kda_cute.ops import chunk_kda, chunk_kda_summary, fwd
 from kda_cute.reference import chunked, recurrence
@@ -45,35 +46,29 @@ BOTH = pytest.mark.parametrize("case", [VARLEN, FIXED, LOG], ids=["varlen", "fix
 @pytest.fixture(scope="module", autouse=True, params=[1, 2], ids=["v_split=1", "v_split=2"])
 def split_of(request: pytest.FixtureRequest) -> Iterator[int]:
     """Each test with a head in one block and with one in two, whatever the heuristic would take."""
-    from kda_cute import sm90
-
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sm90, "v_split", lambda *_: request.param)
-        m.setattr(sm90, "builds_maps", lambda *_: False)  # see test_maps.py
-        m.setattr(ops, "_known", {})
+        m.setattr(hopper, "v_split", lambda *_: request.param)
+        m.setattr(hopper, "builds_maps", lambda *_: False)  # see test_maps.py
+        m.setattr(known_calls, "known", {})
         yield request.param
 
 
 @contextlib.contextmanager
 def multiprocessors(count: int) -> Iterator[None]:
     """The kernel gets so many blocks at most, and so cuts items, as otherwise only in large calls. 0: all there are."""
-    from kda_cute import sm90
-
     with pytest.MonkeyPatch.context() as m:
         if count:
-            m.setattr(sm90, "_sm_count", lambda _: count)
-            m.setattr(ops, "_known", {})
+            m.setattr(hopper, "sm_count", lambda _: count)
+            m.setattr(known_calls, "known", {})
         yield
 
 
 @contextlib.contextmanager
 def uncut() -> Iterator[None]:
     """Each sequence and head goes from its begin to its end in one block."""
-    from kda_cute import sm90
-
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sm90, "workspace_bytes", lambda *_: 0)
-        m.setattr(ops, "_known", {})
+        m.setattr(hopper, "workspace_bytes", lambda *_: 0)
+        m.setattr(known_calls, "known", {})
         yield
 
 

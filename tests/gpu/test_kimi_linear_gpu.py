@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import ops
+from kda_cute import devices, known_calls
+from kda_cute.backends import reference as reference_backend
 from kda_cute.demo import CHECKPOINT, answer
 from kda_cute.examples.kimi_linear.model import Cache, KimiLinear
 from kda_cute.examples.kimi_linear.recall import sample
@@ -44,9 +45,8 @@ def test_kernels_and_reference_give_the_same_logits(model: KimiLinear, monkeypat
     logits = model(tokens)
     cache = Cache()
     steps = [model(tokens[:, :-5], cache), *(model(tokens[:, t : t + 1], cache) for t in range(-5, -1))]
-    monkeypatch.setattr(ops, "_takes_reference", lambda *_: True)
-    monkeypatch.setattr(ops, "_known", {})  # or what is remembered would launch kernels
-    monkeypatch.setattr(ops, "_sm90", None)
+    monkeypatch.setattr(devices, "backend_of", lambda *_: reference_backend)
+    monkeypatch.setattr(known_calls, "known", {})  # or what is remembered would launch kernels
     reference = model(tokens)
     assert relative_error(logits, reference) <= ROUNDING
     assert relative_error(torch.cat(steps, 1), reference[:, :-1]) <= ROUNDING

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kda_cute import ops, sm90
+from kda_cute import known_calls
+from kda_cute.backends import hopper
 from kda_cute.kernels.config import ITEM_COST, part
 from kda_cute.reference import chunked
 from tests.gpu.oracle import BOUND, relative_error
@@ -25,17 +26,17 @@ ONE, FOUR = (3000,), (1500, 33, 0, 2500)
 def maps() -> Iterator[None]:
     """However short sequences are."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sm90, "v_split", lambda *_: 1)
-        m.setattr(sm90, "builds_maps", lambda *_: True)
-        m.setattr(ops, "_known", {})
+        m.setattr(hopper, "v_split", lambda *_: 1)
+        m.setattr(hopper, "builds_maps", lambda *_: True)
+        m.setattr(known_calls, "known", {})
         yield
 
 
 @contextlib.contextmanager
 def no_maps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sm90, "v_split", lambda *_: 1)
-        m.setattr(ops, "_known", {})
+        m.setattr(hopper, "v_split", lambda *_: 1)
+        m.setattr(known_calls, "known", {})
         with uncut():
             yield
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import chunk_kda, fused_recurrent_kda, library, memory, ops
+from kda_cute import chunk_kda, fused_recurrent_kda, known_calls, memory
 from tests.strategies import Case, make
 from tests.wrapped import ARGUMENTS, KINDS, Replicate, arguments, check, distributed, freed, processes
 
@@ -43,7 +43,7 @@ def test_freed_after_good_calls(offset: int, name: str) -> None:
     kwargs = writing()
     for _ in range(3):
         chunk_kda(**kwargs)
-    assert any(ops._known.values())
+    assert any(known_calls.known.values())
     with pytest.raises(ValueError, match=f"^{name} has a storage of 0 bytes"):
         chunk_kda(**{**kwargs, name: freed(kwargs[name], offset)})
     torch.cuda.synchronize()
@@ -67,7 +67,7 @@ def test_freed_and_there_again() -> None:
 
 @pytest.mark.parametrize("name", ["v", "A_log", "initial_state"])
 def test_gradient_through_a_wrapper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_fla", lambda: None)
+    monkeypatch.setattr("kda_cute.gradients.fla", lambda: None)
     kwargs = make(CASE, DEVICE).kwargs
 
     def gradient(x: torch.Tensor) -> torch.Tensor:

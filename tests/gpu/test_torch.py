@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd, library
+import kda_cute.gradients
+from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
+from kda_cute.call import DIFFERENTIABLE
 from kda_cute.reference import recurrence
 from tests.strategies import Case, make
 from tests.test_library import gradients, nothing_compiled_before, operator_arguments, with_leaves  # noqa: F401
@@ -39,7 +41,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 @cases
 def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_fla", lambda: None)  # who makes gradients is tested below
+    monkeypatch.setattr("kda_cute.gradients.fla", lambda: None)  # who makes gradients is tested below
     kwargs = make(case, "cuda").kwargs
     arguments = operator_arguments(kwargs)
     torch.library.opcheck(torch.ops.kda_cute.chunk_kda.default, arguments)
@@ -87,10 +89,10 @@ def test_compiled_updates_a_state_in_place_inside_a_graph() -> None:
 def test_gradients(case: Case, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against those of the token recurrence in fp64, compiled too."""
     if by == "reference":
-        monkeypatch.setattr(library, "_fla", lambda: None)
+        monkeypatch.setattr("kda_cute.gradients.fla", lambda: None)
     else:
         pytest.importorskip("fla.ops.kda", reason="needs fla-core: pip install '.[bench]'", exc_type=ImportError)
-        assert library._fla() is not None
+        assert kda_cute.gradients.fla() is not None
     exact = {**make(case, "cuda").oracle_kwargs, "output_final_state": True}
     want = gradients(recurrence, with_leaves(exact, torch.float64), case.cuts[-1])
     for run in (chunk_kda, torch.compile(chunk_kda, fullgraph=True)):
@@ -102,12 +104,12 @@ def test_gradients(case: Case, by: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_gradients_of_sequences_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error about cu_seqlens, and a GPU that goes on: no index past the end on the device."""
-    monkeypatch.setattr(library, "_fla", lambda: None)
+    monkeypatch.setattr("kda_cute.gradients.fla", lambda: None)
     kwargs = with_leaves(make(PACKED, "cuda").kwargs)
     kwargs["cu_seqlens"] = torch.tensor([0, 300, 300, 317, 100_000], device="cuda")
     with pytest.raises(ValueError, match="cu_seqlens is .*: must be within 0 and T = 447"):
         torch.ops.kda_cute.chunk_kda_backward(
-            torch.ones_like(kwargs["v"]), None, *operator_arguments(kwargs), [True] * len(library.DIFFERENTIABLE)
+            torch.ones_like(kwargs["v"]), None, *operator_arguments(kwargs), [True] * len(DIFFERENTIABLE)
         )
     torch.cuda.synchronize()
     assert torch.ones(3, device="cuda").sum().item() == 3
@@ -140,7 +142,7 @@ def test_shapes_and_dtypes_of_the_parameters(gate: str, backend: str | None) -> 
 
 
 def test_shapes_of_the_gradients_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_fla", lambda: None)
+    monkeypatch.setattr("kda_cute.gradients.fla", lambda: None)
     for backend in (None, "reference"):
         kwargs = make(SMALL, "cuda").kwargs
         kwargs["A_log"] = kwargs["A_log"].view(1, 1, 4, 1).requires_grad_()
