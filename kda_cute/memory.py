@@ -122,7 +122,7 @@ def _refuse_but_for_torch(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name} has layout {x.layout}: must be torch.strided") from None
     if torch._is_functional_tensor(x):
         raise TypeError(f"{name} is a functional tensor: must be a tensor with memory of its own") from None
-    if not torch._C._functorch.is_functorch_wrapped_tensor(x):  # those `ops.run` looks at itself
+    if not torch._C._functorch.is_functorch_wrapped_tensor(x):  # those `dispatch.run` looks at itself
         raise
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .recurrence import _tokens
+from .recurrence import token_by_token
 from .transforms import sequence_bounds, transform
 
 # Elements of E that exist at a time, unless autograd keeps them: 128 MiB in fp64 on the CPU, where larger blocks
@@ -168,7 +168,7 @@ def _causal(O: torch.Tensor, S: torch.Tensor, gathered: list[torch.Tensor]) -> t
     spoiled = ~O.isfinite().all(-2) & S.isfinite().all(-1)  # [n, HV, V]
     chunk = spoiled.flatten(1).any(1).nonzero().squeeze(1)
     q, k, v, g, beta = (x.index_select(0, chunk).transpose(1, 2) for x in gathered)
-    o, _ = _tokens(q, k, v, g, beta, S.index_select(0, chunk))
+    o, _ = token_by_token(q, k, v, g, beta, S.index_select(0, chunk))
     spoiled, kept = spoiled.index_select(0, chunk), O.index_select(0, chunk)
     return O.index_copy(0, chunk, torch.where(spoiled[..., None, :], o.transpose(1, 2), kept))
 

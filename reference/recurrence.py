@@ -57,12 +57,12 @@ def recurrence(
         S0 = initial_state.to(dtype) if state_v_first else initial_state.to(dtype).transpose(-1, -2)
 
     if cu_seqlens is None:
-        o, S = _tokens(q, k, v, g, beta, S0)
+        o, S = token_by_token(q, k, v, g, beta, S0)
     else:
         o, states = v.new_zeros(B, T, HV, V), []
         for n, (begin, end) in enumerate(bounds):
             cut = slice(begin, end)
-            o_n, S_n = _tokens(q[:, cut], k[:, cut], v[:, cut], g[:, cut], beta[:, cut], S0[n : n + 1])
+            o_n, S_n = token_by_token(q[:, cut], k[:, cut], v[:, cut], g[:, cut], beta[:, cut], S0[n : n + 1])
             o = o.slice_scatter(o_n, 1, begin, end) if end > begin else o
             states.append(S_n)
         S = torch.cat(states) if states else S0
@@ -71,7 +71,7 @@ def recurrence(
     return o, (S if state_v_first else S.transpose(-1, -2)).contiguous()
 
 
-def _tokens(
+def token_by_token(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, S: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [B, T, HV, V] and the last state, from q (scaled), k, v, log decay g, beta and the state S [B, HV, V, K]."""
