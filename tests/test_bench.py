@@ -24,6 +24,8 @@ from bench.measure import ERROR_LIMIT, ERROR_TOKENS, error, expected, set_error
 from bench.timing import on_quickest_core, split_by_flush
 from kda_cute import chunk_kda, demo
 
+ROOT = Path(__file__).parents[1]
+
 TOKENS = {  # suite -> tokens, sequences and heads of its cases
     "headline": [(8192, 1, 96), (8192, 1, 64), (8192, 6, 96), (8192, 6, 64), (8192, 8, 96), (8192, 8, 64)],
     "few-heads": [(8192, 1, 8), (8192, 1, 16), (8192, 1, 32), (2048, 1, 12)],
@@ -377,3 +379,19 @@ def test_the_pages_show_what_was_measured():
     gpu, torch_version, cuda, commit = (rows[0][key] for key in ("gpu", "torch", "cuda", "commit"))
     assert f"{gpu}, torch {torch_version}, CUDA {cuda}, commit {commit};" in readme
     assert all(path.stat().st_size < 300_000 for path in (root / "bench/results").iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: there it is a measurement")
+def test_host_time_beside_another_tree(tmp_path: Path) -> None:
+    """On the CPU the launch does nothing; the other tree is this one by another path."""
+    for name in ("kda_cute", "kernels", "reference", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "bench.host", "--rounds", "1", "--against", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()]
+    assert rows[0][1].strip() == ROOT.name and len(rows) == 5
+    for _, *cells in rows[2:]:
+        for cell in cells:
+            least, median = map(float, cell.split())
+            assert 0 < least <= median
