@@ -18,7 +18,7 @@ gpu-test: $(STAMP)  ## only the GPU tests, one process
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 sanitize: $(STAMP)  ## compute-sanitizer's four tools over every configuration; needs a Hopper GPU and the CUDA toolkit
-	$(BIN)/python -m kda_cute warmup
+	$(BIN)/python -m kda_cute warmup --jobs 8
 	for tool in memcheck racecheck synccheck initcheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.gpu.sanitize || exit 1; done
 

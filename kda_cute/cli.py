@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "inspect", help="what ptxas made of each kernel, fails if it spills too much; needs no GPU"
     )
     inspect.add_argument("--sass", action="store_true", help="print the disassembly too")
+    warmup.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that compile, about 1 GB of memory each (%(default)s)",
+    )
     for command in (warmup, inspect):
         command.add_argument(
             "configs", nargs="*", metavar="CONFIG", help="names of configurations; default: all for bf16 models"
@@ -51,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         parser.error(str(e))
     if args.command == "warmup":
-        return run_warmup(configs, args.arch)
+        if args.jobs < 1:
+            parser.error(f"argument --jobs: is {args.jobs}, must be at least 1")
+        return run_warmup(configs, args.arch, args.jobs)
     return run_inspect(configs, args.arch, sass=args.sass)
 
 
@@ -63,22 +73,35 @@ def select(names: Sequence[str]) -> list[Config]:
     return [known[name] for name in names] or all_configs()
 
 
-def run_warmup(configs: Sequence[Config], arch: str) -> int:
+def run_warmup(configs: Sequence[Config], arch: str, jobs: int = 1) -> int:
     if not cache.enabled():
         print("KDA_CUTE_CACHE turns the cache off: there is nothing to fill", file=sys.stderr)
         return 1
     with cache.own_folder() as own:
         kept = own is not None and jit.entry_name(configs[0], arch) is not None
-        if not kept and not all(jit.cached(config, arch) for config in configs):
+        absent = [config for config in configs if not jit.cached(config, arch)]
+        if not kept and absent:
             print("there is no cache to fill (see the warnings above)", file=sys.stderr)
             return 1
-        jit.warmup(configs, arch)
-        absent = [config.name for config in configs if not jit.cached(config, arch)]
+        if jobs > 1 and len(absent) > 1:
+            compile_apart([config.name for config in absent], arch, jobs)
+        else:
+            jit.warmup(absent, arch)
+        still = [config.name for config in absent if not jit.cached(config, arch)]
     where = f", in {own.path}" if own else ""
-    print(f"{len(configs)} kernels: {jit.stats.compiled} compiled, {jit.stats.loaded} already there{where}")
-    if absent:
-        print(f"not in the cache (see the warnings above): {', '.join(absent)}", file=sys.stderr)
-    return 1 if absent else 0
+    compiled = len(absent) - len(still)
+    print(f"{len(configs)} kernels: {compiled} compiled, {len(configs) - len(absent)} already there{where}")
+    if still:
+        print(f"not in the cache (see the warnings above): {', '.join(still)}", file=sys.stderr)
+    return 1 if still else 0
+
+
+def compile_apart(names: Sequence[str], arch: str, jobs: int) -> None:
+    """In processes of their own, which say what went wrong."""
+    command = [sys.executable, "-m", "kda_cute", "warmup", "--arch", arch]
+    shares = [share for i in range(jobs) if (share := names[i::jobs])]
+    for process in [subprocess.Popen([*command, *share], stdout=subprocess.DEVNULL) for share in shares]:
+        process.wait()
 
 
 def run_inspect(configs: Sequence[Config], arch: str, sass: bool = False) -> int:

@@ -229,6 +229,18 @@ def test_warmup_without_sources_fails(tiny, monkeypatch, capsys, tmp_path):
     assert jit.stats.compiled == 0
 
 
+def test_warmup_in_several_processes(tmp_path, monkeypatch, capfd):
+    """Each compiles its share of what is not there yet."""
+    monkeypatch.setenv("KDA_CUTE_CACHE_DIR", str(tmp_path))
+    names = ["kda_decode_gbf16_log", "kda_decode_gbf16_log_vk"]
+    assert cli.main(["warmup", "--jobs", "8", *names]) == 0
+    assert "2 kernels: 2 compiled, 0 already there" in capfd.readouterr().out
+    assert cli.main(["warmup", "--jobs", "8", *names]) == 0
+    assert "0 compiled, 2 already there" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["warmup", "--jobs", "0"])
+
+
 def test_default_of_warmup_is_every_configuration(monkeypatch):
     asked = []
     monkeypatch.setattr(jit, "load", lambda config, arch: asked.append((config, arch)))

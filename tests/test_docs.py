@@ -132,6 +132,6 @@ def test_the_api_page_has_all_functions_and_arguments(function: str) -> None:
 
 def test_the_api_page_has_all_environment_variables() -> None:
     read = re.compile(r'(?:switch\(|environ\.get\(|env_var = )"(\w+)"')
-    used = {variable for path in (ROOT / "kda_cute").glob("*.py") for variable in read.findall(path.read_text())}
+    used = {variable for path in (ROOT / "kda_cute").rglob("*.py") for variable in read.findall(path.read_text())}
     assert {"KDA_CUTE_CACHE", "KDA_CUTE_CACHE_DIR", "KDA_CUTE_CHECK", "FLA_KDA_CUTE"} <= used
     assert not {x for x in used if not x.startswith("CUTE_DSL_") and f"`{x}`" not in API}
