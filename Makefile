@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
 MINUTES ?= 10
 
-.PHONY: demo test gpu-test sanitize bench fuzz lint format types inspect sass-diff doctor clean
+.PHONY: demo test gpu-test gpu-all sanitize bench fuzz lint format types inspect sass-diff doctor clean
 
 demo: $(STAMP)  ## KDA's error and speed, a small Kimi Linear that answers from a long context; on a Hopper GPU, else the CPU
 	$(BIN)/python -m kda_cute demo
@@ -16,6 +16,9 @@ test: $(STAMP)  ## all tests; its end says how many of those for the GPU ran, an
 
 gpu-test: $(STAMP)  ## only the GPU tests, one process
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-all: $(STAMP)  ## all that a kernel change has to pass on a Hopper GPU: GPU tests, 5,000 random calls, the sanitizers
+	$(BIN)/python -m tests.gpu.everything $(ARGS)
 
 sanitize: $(STAMP)  ## compute-sanitizer's four tools over every configuration; needs a Hopper GPU and the CUDA toolkit
 	$(BIN)/python -m kda_cute warmup --jobs 8
