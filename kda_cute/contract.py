@@ -4,7 +4,7 @@ Every error names the argument, says what it was and what it must be. The checks
 values, which on a GPU would need a synchronisation, except where `check_cu_seqlens` and `check_log_decay` are asked to.
 
 TypeError: not a tensor, or a wrong dtype. ValueError: a wrong shape, device or combination. NotImplementedError: a
-right one that is not served.
+valid call that is not served.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def not_served(
     g: torch.Tensor,
     beta: torch.Tensor,
 ) -> str | None:
-    """What of a call that is right the GPU kernel does not have, yet."""
+    """Why the GPU kernels cannot serve a valid call, or None."""
     if K not in HEAD_DIMS:
         return f"q has K = {K}: must be 64 or 128"
     if V not in HEAD_DIMS:
