@@ -20,9 +20,11 @@ from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
 from . import fragments, gate, ptx, schedule, segments
+from .arguments import fake_tensors
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
-from .fwd_sm90 import FORGOTTEN, KdaFwdSm90, fake_tensors
+from .fwd_sm90 import FORGOTTEN, KdaFwdSm90
 from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
+from .pipeline import Pipeline, g_boxes, v_boxes
 from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, COMPARED, PLAN, SEGMENT, SPAN
 
 ROWS = 16  # of the state, in a block of `chain`
@@ -31,14 +33,16 @@ ROWS = 16  # of the state, in a block of `chain`
 MODERATE = 2.0**40
 
 
+def pipeline_of(config: KdaBuildConfig) -> Pipeline:
+    tiles = Stage.of(g_boxes(config), v_boxes(config), queries=False)
+    return Pipeline(
+        config, tiles, threads=640, pairs=2, gate_warps=2, state_wgs=2, queries=False, gates_rolled=True
+    )  # fmt: skip
+
+
 class KdaBuildSm90(KdaFwdSm90):
     def __init__(self, config: KdaBuildConfig):
-        super().__init__(config)  # type: ignore[arg-type]
-        self.queries = False
-        self.tiles = Stage.of(self.g_boxes, v_boxes=1, queries=False)
-        self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
-        self.gate_warps = 2
-        self.threads = 640
+        self.config, self.pipe = config, pipeline_of(config)  # type: ignore[assignment]
         # to share out are the 96 a lane that 640 threads get at their launch
         self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 40, 64, 88, 144
 
@@ -63,14 +67,14 @@ class KdaBuildSm90(KdaFwdSm90):
         stream: cuda.CUstream,
     ):
         box = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, BFloat16), (C, 64), (0, 1))
-        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.g_type)
-        g_box = cute.tile_to_shape(g_atom, (C, D // self.g_boxes), (0, 1))
+        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.pipe.g_type)
+        g_box = cute.tile_to_shape(g_atom, (C, D // self.pipe.g_boxes), (0, 1))
         load = cpasync.CopyBulkTensorTileG2SOp()
         mK, mV, mG = [
             cute.make_tensor(m.iterator, cute.select(m.layout, mode=[1, 3, 2, 0])) for m in (mK, mV, mG)
         ]  # [B, T, H, D] -> (T, D, H, B)
         k_tma, v_tma = [cpasync.make_tiled_tma_atom(load, m, box, (C, 64)) for m in (mK, mV)]
-        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.g_boxes))
+        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.pipe.g_boxes))
 
         def mma(n, b_major):
             op = warpgroup.MmaF16BF16Op(
@@ -83,7 +87,7 @@ class KdaBuildSm90(KdaFwdSm90):
             k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], mG, beta, A_log, dt_bias, cu_seqlens, workspace,
             items, workers, lower_bound, flags, mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
-            grid=[workers // 2 * 2, 1, 1], block=[self.threads, 1, 1], cluster=[2, 1, 1], stream=stream,
+            grid=[workers // 2 * 2, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[2, 1, 1], stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
         self.chain(
@@ -111,19 +115,19 @@ class KdaBuildSm90(KdaFwdSm90):
         beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32, workers: Int32,
         lower_bound: Float32, flags: Int32, mma_k: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
-        S = self.stages
+        S = self.pipe.stages
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
 
         def table(size, align=128):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        ring = table(self.tiles.size * S, 1024)
+        ring = table(self.pipe.tiles.size * S, 1024)
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(2 * PLAN).toint()
         sList = table(6 * 32).toint()
-        sBias = table(256 * 2 * self.pairs).toint()
+        sBias = table(256 * 2 * self.pipe.pairs).toint()
         sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
         bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
@@ -142,10 +146,10 @@ class KdaBuildSm90(KdaFwdSm90):
                 with cute.arch.elect_one():
                     for s in cutlass.range_constexpr(S):
                         cute.arch.mbarrier_init(raw_full + s, 1)
-                        cute.arch.mbarrier_init(gated + s, 64 if s < self.own_stages else 32)  # `gates`, `fetch`
+                        cute.arch.mbarrier_init(gated + s, 64 if s < self.pipe.own_stages else 32)  # `gates`, `fetch`
                         cute.arch.mbarrier_init(ready + s, 64)
                         cute.arch.mbarrier_init(solved + s, 32)
-                        cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.own_stages else 0))
+                        cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.pipe.own_stages else 0))
                     cute.arch.mbarrier_init(left, 8)
                     for i in cutlass.range_constexpr(SYSTEMS):
                         cute.arch.mbarrier_init(a_full + i, 64)
@@ -210,14 +214,14 @@ class KdaBuildSm90(KdaFwdSm90):
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
                 if worker + 1 + nth <= span // SPAN:
-                    slope, shift = gate.slope_of_head(self.form, A_log, h)
+                    slope, shift = gate.slope_of_head(self.pipe.form, A_log, h)
                     bias, total = Float32(0.0), Float32(0.0)
                     if dt_bias != 0:
                         bias = fragments.global_f32(dt_bias, Int64(h * D + channel))
-                    bias = gate.bias(self.form, slope, shift, bias)
+                    bias = gate.bias(self.pipe.form, slope, shift, bias)
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
-                        total += gate.factor(self.form, Float32(g[t, channel, h, b]), slope, bias)
-                    total = total * gate.log2_of_factor(self.form, lower_bound)
+                        total += gate.factor(self.pipe.form, Float32(g[t, channel, h, b]), slope, bias)
+                    total = total * gate.log2_of_factor(self.pipe.form, lower_bound)
                     weak = ptx.uniform(Int32(1) - Int32(total < math.log2(FORGOTTEN)))
                 if (channel == 0) & (nth == 0):
                     at = sList + 32 * (2 + wg // 2)
@@ -230,7 +234,7 @@ class KdaBuildSm90(KdaFwdSm90):
             count = Int32(0)
             for i in cutlass.range_constexpr(2):
                 own, then = self.any_of(sList + 128 + 32 * i), self.any_of(sList + 144 + 32 * i)
-                if (first + i + 1 < workers) & (self.rank() == 0):
+                if (first + i + 1 < workers) & (self.pipe.rank() == 0):
                     ptx.stg_i32(segments.map_word(workspace, workers, first + i + 1), own)
                 if (own | then) != 0:
                     for j in cutlass.range_constexpr(2):
@@ -262,29 +266,29 @@ class KdaBuildSm90(KdaFwdSm90):
         def boxes(offset, dtype, cols, count):
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
-        bK = boxes(0, self.dtype, 64, 2)
-        bG = boxes(self.tiles.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.tiles.at_v, self.dtype, 64, 1)
-        stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.rank()
+        bK = boxes(0, self.pipe.dtype, 64, 2)
+        bG = boxes(self.pipe.tiles.at_g, self.pipe.g_type, D // self.pipe.g_boxes, self.pipe.g_boxes)
+        bV = boxes(self.pipe.tiles.at_v, self.pipe.dtype, 64, 1)
+        stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.pipe.rank()
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
             h_k = h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
             sK_, gK = self.boxes_of(k_tma, mK[None, None, h_k, b], start, 64, bK)
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
+            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.pipe.g_boxes, bG)
             chunks = tokens // C
             for c in cutlass.range(self.first_own(n, vs, 2) - n, chunks, 2, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (3 + self.g_boxes) * BOX)
-                for i in cutlass.range_constexpr(self.g_boxes):
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (3 + self.pipe.g_boxes) * BOX)
+                for i in cutlass.range_constexpr(self.pipe.g_boxes):
                     cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
                 for i in cutlass.range_constexpr(2):
                     cute.copy(k_tma, gK[None, c, i], sK_[None, i, stage], tma_bar_ptr=bar)
                 cute.copy(v_tma, gV[None, c, vs], sV_[None, 0, stage], tma_bar_ptr=bar)
                 stage += 1
-                if stage == self.own_stages:
+                if stage == self.pipe.own_stages:
                     stage = Int32(0)
                     phase ^= 1
             n += chunks
@@ -298,16 +302,16 @@ class KdaBuildSm90(KdaFwdSm90):
         stage, phase = Int32(0), Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             tokens, h = self.piece(nth, work)[1:3]
-            slope, end = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
-            for _ in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
+            slope, end = gate.parameters(self.pipe.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
+            for _ in cutlass.range(self.first_own(n, self.pipe.rank(), 2), end, 2, unroll=1):
                 self.wait(raw_full + stage, phase, lane)
-                at = ring + stage * self.tiles.size
+                at = ring + stage * self.pipe.tiles.size
                 gate.of_chunk(
-                    self.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
+                    self.pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
                 )
                 cute.arch.mbarrier_arrive(gated + stage)
                 stage += 1
-                if stage == self.own_stages:
+                if stage == self.pipe.own_stages:
                     stage = Int32(0)
                     phase ^= 1
             n = end
@@ -333,15 +337,15 @@ class KdaBuildSm90(KdaFwdSm90):
 
         kind = SmemLayoutAtomKind
         bK = operand_b(mma_k, self.staged(ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
-        sKr = self.staged(ring + self.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
-        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
-        bT = operand_b(mma_k, self.staged(ring + self.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        sKr = self.staged(ring + self.pipe.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.pipe.g_boxes // 2 * C), (1, 0))
+        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.pipe.stages), (0, 0, 0)))
+        bT = operand_b(mma_k, self.staged(ring + self.pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
         acc_s, acc_r, acc_u = fragment(mma_s, D), fragment(mma_k, C), fragment(mma_k, C)
         fS, fU = operand_a(mma_k, D), operand_a(mma_k, C)
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
         has_v = Uint32(0) - Uint32(wg == 0)  # all bits or none
-        n, rank = Int32(0), self.rank()
+        n, rank = Int32(0), self.pipe.rank()
         for nth in cutlass.range(self.count(work), unroll=1):
             _, tokens, _, _, worker = self.piece(nth, work)[:5]
             row, channel = rank * 64 + warp * 16 + lane // 4, col
@@ -362,7 +366,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
-                v_at = ring.toint() + self.tiles.at_v + stage * self.tiles.size + t_row + t_col
+                v_at = ring.toint() + self.pipe.tiles.at_v + stage * self.pipe.tiles.size + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 r = cute.make_rmem_tensor((C // 2,), Float32)
                 for n8 in cutlass.range_constexpr(C // 8):
@@ -388,7 +392,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 warpgroup.wait_group(0)
                 cute.arch.mbarrier_arrive(empty + stage)
                 cute.arch.sync_warp()
-                for bar in (empty + n // 2 % self.own_stages, left):
+                for bar in (empty + n // 2 % self.pipe.own_stages, left):
                     ptx.remote_arrive(bar.toint(), rank ^ 1, (lane == 0) & (not is_own))
                 n += 1
             at = segments.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)
@@ -533,9 +537,8 @@ class KdaBuildSm90(KdaFwdSm90):
 def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaBuildSm90(config)
-    tensors = fake_tensors(kernel, "kvg")
     return cute.compile(
-        kernel, *tensors, *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *fake_tensors(config, "kvg"), *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

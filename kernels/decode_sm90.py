@@ -16,12 +16,13 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 from . import fragments, gate, ptx, schedule
+from .arguments import TYPES, fake_tensors
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
-from .fwd_sm90 import EPS, USUAL, KdaFwdSm90, fake_tensors
+from .fwd_sm90 import EPS, USUAL, KdaFwdSm90
 from .gate import G_SCALE, LOG2_1P, LOG2_E
 
 ROWS = 32  # of values, in a block
@@ -34,9 +35,8 @@ NUMBERS = 16  # bytes: of a token what q and k are multiplied with, q k, beta
 class KdaDecodeSm90(KdaFwdSm90):
     def __init__(self, config: KdaDecodeConfig):
         self.config = config  # type: ignore[assignment]
-        types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
-        self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
-        self.tiles, self.gates_rolled = None, False  # type: ignore[assignment]
+        self.dtype, self.g_type = TYPES[config.dtype], TYPES[config.g_dtype]
+        self.form = gate.Form(config.gate, config.g_dtype, config.K, tiles=None, rolled=False)
         self.keys = config.K // (32 if config.state_v_first else 16)  # channels of a lane
 
     # ------------------------------------------------------------------ host side
@@ -424,7 +424,7 @@ def compile(config: KdaDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaDecodeSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(kernel, "qkvgo"), *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0),
+        kernel, *fake_tensors(config, "qkvgo"), *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0),
         Int32(0), cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -33,12 +33,13 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
 from . import fragments, gate, ptx, schedule, segments, state_io
+from .arguments import fake_tensors
 from .config import (
     BETA_BF16,
     BETA_FP16,
@@ -67,6 +68,7 @@ from .layout import (
     D,
     Stage,
 )
+from .pipeline import Pipeline, g_boxes, v_boxes
 from .schedule import (
     AGAIN,
     AT_COUNT,
@@ -88,7 +90,7 @@ from .schedule import (
     TAKEN_OVER,
     WARM_UP,
 )
-from .segments import EXACT, HANDED, NOT_NEEDED, Team
+from .segments import EXACT, HANDED, NOT_NEEDED
 
 EPS = 1e-6  # of the l2 norm, as in fla
 
@@ -102,28 +104,28 @@ USUAL = 2.0**60
 SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
 
 
+def pipeline_of(config: KdaFwdConfig) -> Pipeline:
+    prepare_wgs, state_wgs = 2 if config.v_split == 2 else 1, v_boxes(config)
+    gate_warps = 0 if config.v_split == 2 else 2
+    return Pipeline(
+        config,
+        Stage.of(g_boxes(config), v_boxes(config)),
+        threads=128 * (1 + prepare_wgs + state_wgs),
+        # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
+        pairs=min(2 * prepare_wgs, config.stages - (config.v_split - 1)),
+        gate_warps=gate_warps,
+        state_wgs=state_wgs,
+        queries=True,
+        # Four times the same code where `prepare` has it is more than the instruction cache has room for.
+        gates_rolled=gate_warps == 0,
+    )
+
+
 class KdaFwdSm90:
     def __init__(self, config: KdaFwdConfig):
-        self.config = config
-        self.stages = config.stages
-        self.blocks = config.v_split  # of a cluster: each prepares every other chunk for both
-        # In a cluster the last stage is for what the other block sends; another own one is worth more than a second.
-        self.own_stages = self.stages - (self.blocks - 1)
-        types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
-        self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
-        self.g_boxes = 4 if config.g_dtype == "fp32" else 2
-        self.k_boxes, self.v_boxes = config.K // 64, config.V // 64 // config.v_split
-        self.tiles = Stage.of(self.g_boxes, self.v_boxes)
-        self.queries = True
+        self.config, self.pipe = config, pipeline_of(config)
         self.prepare_wgs = 2 if config.v_split == 2 else 1
-        # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
-        self.pairs = min(2 * self.prepare_wgs, self.own_stages)
-        self.gate_warps = 0 if config.v_split == 2 else 2  # else `prepare` does it
-        # Four times the same code where `prepare` has it is more than the instruction cache has room for.
-        self.gates_rolled = self.gate_warps == 0
-        self.state_wgs = self.v_boxes
-        self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
-        self.sets_registers = self.threads == 512  # with fewer warps all have enough
+        self.sets_registers = self.pipe.threads == 512  # with fewer warps all have enough
         # registers a lane: those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has
         registers = (64, 128, 160) if config.v_split == 1 else (72, 136, 168)
         self.regs_load, self.regs_prepare, self.regs_state = registers
@@ -158,15 +160,15 @@ class KdaFwdSm90:
         stream: cuda.CUstream,
     ):
         box = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, BFloat16), (C, 64), (0, 1))
-        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.g_type)
-        g_box = cute.tile_to_shape(g_atom, (C, D // self.g_boxes), (0, 1))
+        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.pipe.g_type)
+        g_box = cute.tile_to_shape(g_atom, (C, D // self.pipe.g_boxes), (0, 1))
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         by_token = [1, 3, 2, 0]  # [B, T, H, D] -> (T, D, H, B)
         mQ, mK, mV, mG, mO = [
             cute.make_tensor(m.iterator, cute.select(m.layout, mode=by_token)) for m in (mQ, mK, mV, mG, mO)
         ]
         q_tma, k_tma, v_tma = [cpasync.make_tiled_tma_atom(load, m, box, (C, 64)) for m in (mQ, mK, mV)]
-        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.g_boxes))
+        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.pipe.g_boxes))
         o_tma = cpasync.make_tiled_tma_atom(store, mO, box, (C, 64))
 
         def mma(n, b_major):
@@ -176,17 +178,17 @@ class KdaFwdSm90:
             return cute.make_tiled_mma(op)
 
         items = N * cute.size(mO.shape[2])
-        workers = max_blocks // self.blocks
-        grid = workers * self.blocks
+        workers = max_blocks // self.pipe.blocks
+        grid = workers * self.pipe.blocks
         if workspace == 0:
-            grid = cutlass.min(items, workers) * self.blocks
+            grid = cutlass.min(items, workers) * self.pipe.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
             mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints,
             first_checkpoints, every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags,
             mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
         ).launch(
-            grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
+            grid=[grid, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[self.pipe.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
 
@@ -206,19 +208,19 @@ class KdaFwdSm90:
         items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
-        S = self.stages
+        S = self.pipe.stages
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
 
         def table(size, align=128):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        ring = table(self.tiles.size * S, 1024)
-        out = table(2 * self.state_wgs * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
+        ring = table(self.pipe.tiles.size * S, 1024)
+        out = table(2 * self.pipe.state_wgs * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
         sTables = table(TABLES * S).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
-        sBias = table(256 * (self.gate_warps or 2 * self.pairs), 16).toint()  # of each warp that makes gates
+        sBias = table(256 * (self.pipe.gate_warps or 2 * self.pipe.pairs), 16).toint()  # of each warp that makes gates
         sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
         barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
@@ -232,43 +234,45 @@ class KdaFwdSm90:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(S):
                     cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(gated + s, 32 * (self.gate_warps or 1))  # or `fetch`
+                    cute.arch.mbarrier_init(gated + s, 32 * (self.pipe.gate_warps or 1))  # or `fetch`
                     cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
                     cute.arch.mbarrier_init(solved + s, 32)
-                    sent = self.blocks == 2 and s < self.own_stages
-                    readers = (128 + 4 * sent) * self.state_wgs
+                    sent = self.pipe.blocks == 2 and s < self.pipe.own_stages
+                    readers = (128 + 4 * sent) * self.pipe.state_wgs
                     cute.arch.mbarrier_init(empty + s, readers)
-                cute.arch.mbarrier_init(left, 4 * self.state_wgs)
-                cute.arch.mbarrier_init(settled[0], 4 * self.state_wgs)
-                cute.arch.mbarrier_init(settled[1], 128 * self.state_wgs)
+                cute.arch.mbarrier_init(left, 4 * self.pipe.state_wgs)
+                cute.arch.mbarrier_init(settled[0], 4 * self.pipe.state_wgs)
+                cute.arch.mbarrier_init(settled[1], 128 * self.pipe.state_wgs)
                 for i in cutlass.range_constexpr(SYSTEMS):
                     cute.arch.mbarrier_init(a_full + i, 64)
                     cute.arch.mbarrier_init(a_empty + i, 32)
                 for i in cutlass.range_constexpr(PIECES):
                     cute.arch.mbarrier_init(listed + i, 1)
                     # all but `load`, which lists them, and idle pairs
-                    cute.arch.mbarrier_init(taken + i, self.threads - 32 - 64 * (2 * self.prepare_wgs - self.pairs))
+                    cute.arch.mbarrier_init(
+                        taken + i, self.pipe.threads - 32 - 64 * (2 * self.prepare_wgs - self.pipe.pairs)
+                    )
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
 
-        if const_expr(self.k_boxes == 1):
+        if const_expr(self.pipe.k_boxes == 1):
             for s in cutlass.range_constexpr(S):
                 for offset, size in (
-                    (self.tiles.k_half, 2 * BOX),
-                    (self.tiles.at_g + self.tiles.kr_half, self.tiles.kr_half),
+                    (self.pipe.tiles.k_half, 2 * BOX),
+                    (self.pipe.tiles.at_g + self.pipe.tiles.kr_half, self.pipe.tiles.kr_half),
                 ):
-                    at = ring.toint() + s * self.tiles.size + offset + cute.arch.thread_idx()[0] * 16
-                    for i in cutlass.range_constexpr(size // 16 // self.threads + 1):
-                        if cute.arch.thread_idx()[0] + i * self.threads < size // 16:
-                            ptx.sts_16(at + i * self.threads * 16, Uint32(0))
+                    at = ring.toint() + s * self.pipe.tiles.size + offset + cute.arch.thread_idx()[0] * 16
+                    for i in cutlass.range_constexpr(size // 16 // self.pipe.threads + 1):
+                        if cute.arch.thread_idx()[0] + i * self.pipe.threads < size // 16:
+                            ptx.sts_16(at + i * self.pipe.threads * 16, Uint32(0))
 
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
-        schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *self.worker())
+        schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *self.pipe.worker())
         work = (sPlan, listed, taken)  # what all roles walk through, see `piece`
         cute.arch.sync_threads()
-        if const_expr(self.blocks == 2):  # the barriers are there
+        if const_expr(self.pipe.blocks == 2):  # the barriers are there
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
@@ -289,7 +293,7 @@ class KdaFwdSm90:
                     beta, scale, flags, H, T, work,
                 )  # fmt: skip
             else:
-                if const_expr(self.blocks == 1):
+                if const_expr(self.pipe.blocks == 1):
                     self.gates(
                         warp - 2, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
                     )  # fmt: skip
@@ -300,7 +304,7 @@ class KdaFwdSm90:
         elif warp < 4 + 4 * self.prepare_wgs:
             if const_expr(self.sets_registers):
                 cute.arch.setmaxregister_increase(self.regs_prepare)
-            if warp < 4 + 2 * self.pairs:
+            if warp < 4 + 2 * self.pipe.pairs:
                 self.prepare(
                     warp - 4, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
                     a_empty, A_log, dt_bias, lower_bound, work,
@@ -314,26 +318,11 @@ class KdaFwdSm90:
                 most_workers, flags, work, settled,
                 (mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound),
             )  # fmt: skip
-        if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
+        if const_expr(self.pipe.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
     # ------------------------------------------------------------------ who does what
-
-    def worker(self):
-        """(which, of how many)"""
-        return schedule.worker(self.blocks)
-
-    def rank(self) -> Int32:
-        return schedule.rank(self.blocks)
-
-    @property
-    def form(self) -> gate.Form:
-        return gate.Form(self.config.gate, self.config.g_dtype, self.config.K, self.tiles, self.gates_rolled)
-
-    @property
-    def team(self) -> Team:
-        return Team(self.blocks, self.state_wgs)
 
     def first_own(self, n: Int32, phase: Int32, period: int):
         """Of the chunks from the n-th on the first that is the phase-th of its period."""
@@ -376,7 +365,7 @@ class KdaFwdSm90:
     def staged(self, base, dtype, kind, shape, order, stride=None):
         """Swizzled tiles at `base` in shared memory, one a stage of the ring (or every `stride` bytes)."""
         layout = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, dtype), shape, order)
-        stages = cute.make_layout(self.stages, stride=(stride or self.tiles.size) * 8 // dtype.width)
+        stages = cute.make_layout(self.pipe.stages, stride=(stride or self.pipe.tiles.size) * 8 // dtype.width)
         return cute.make_tensor(cute.recast_ptr(base, layout.inner, dtype), cute.append(layout.outer, stages))
 
     def boxes_of(self, tma, m, start: Int32, cols: int, s_boxes):
@@ -400,16 +389,16 @@ class KdaFwdSm90:
         def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
             return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
-        bKQ = boxes(0, self.dtype, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
-        bG = boxes(self.tiles.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.tiles.at_v, self.dtype, 64, self.v_boxes)
+        bKQ = boxes(0, self.pipe.dtype, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
+        bG = boxes(self.pipe.tiles.at_g, self.pipe.g_type, D // self.pipe.g_boxes, self.pipe.g_boxes)
+        bV = boxes(self.pipe.tiles.at_v, self.pipe.dtype, 64, self.pipe.v_boxes)
         tiles = (q_tma, mQ, bKQ), (k_tma, mK, bKQ), (v_tma, mV, bV), (g_tma, mG, bG)
         stage, phase, n = Int32(0), Int32(1), Int32(0)
         sPlan = work[0]
         segment, built = ptx.lds_i32(sPlan + AT_SEGMENT), Int32(0)
-        if const_expr(self.blocks == 1):
+        if const_expr(self.pipe.blocks == 1):
             if (segment != 0) & ((flags & MAPS_BUILT) != 0):
-                built = ptx.uniform(ptx.ldg_i32(segments.map_word(workspace, most_workers, self.worker()[0])))
+                built = ptx.uniform(ptx.ldg_i32(segments.map_word(workspace, most_workers, self.pipe.worker()[0])))
         count, at = self.count(work) - segment, ptx.lds_i32(sPlan + AT_END)
         start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
         skipped, checkpoint = Int32(0), Int32(0)  # the first checkpoint of the sequence
@@ -420,8 +409,10 @@ class KdaFwdSm90:
             next_checkpoint = Int32(0)
             if nth < count:
                 last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
-                found = schedule.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.worker())
-                if const_expr(self.blocks == 1):
+                found = schedule.find_piece(
+                    at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.pipe.worker()
+                )
+                if const_expr(self.pipe.blocks == 1):
                     found = self.with_map(found, built)
                 if const_expr(self.config.checkpoints):
                     next_checkpoint = ptx.ldg_i32(first_checkpoints + Int64(found[5] // H) * 4)
@@ -482,26 +473,28 @@ class KdaFwdSm90:
         n: Int32,
     ):  # fmt: skip
         (q_tma, mQ, bKQ), (k_tma, mK, _), (v_tma, mV, bV), (g_tma, mG, bG) = tiles
-        vs, h_qk = self.rank(), h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
+        vs, h_qk = self.pipe.rank(), h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
         sK_, gK = self.boxes_of(k_tma, mK[None, None, h_qk, b], start, 64, bKQ)
         sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h_qk, b], start, 64, bKQ)
         sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-        sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
+        sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.pipe.g_boxes, bG)
         chunks = cute.ceil_div(tokens, C)
-        for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
+        for c in cutlass.range(self.first_own(n, vs, self.pipe.blocks) - n, chunks, self.pipe.blocks, unroll=1):
             cute.arch.mbarrier_wait(empty + stage, phase)
-            bar, g_boxes = raw_full + stage, self.g_boxes * self.k_boxes // 2
+            bar, g_boxes = raw_full + stage, self.pipe.g_boxes * self.pipe.k_boxes // 2
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(bar, (2 * self.k_boxes + self.v_boxes + g_boxes) * BOX)
+                cute.arch.mbarrier_arrive_and_expect_tx(
+                    bar, (2 * self.pipe.k_boxes + self.pipe.v_boxes + g_boxes) * BOX
+                )
             for i in cutlass.range_constexpr(g_boxes):
                 cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
-            for i in cutlass.range_constexpr(self.k_boxes):
+            for i in cutlass.range_constexpr(self.pipe.k_boxes):
                 cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
                 cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
-            for i in cutlass.range_constexpr(self.v_boxes):
+            for i in cutlass.range_constexpr(self.pipe.v_boxes):
                 cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
             stage += 1
-            if stage == self.own_stages:
+            if stage == self.pipe.own_stages:
                 stage = Int32(0)
                 phase ^= 1
         return stage, phase, n + chunks
@@ -516,15 +509,17 @@ class KdaFwdSm90:
         sPlan, lane = work[0], cute.arch.lane_idx()
         if readers_end > 0:
             cute.arch.mbarrier_wait(settled[1], 0)
-            hashes = (segments.noted(self.team, sPlan, 0),) * 2  # nobody asks what it began with
-            segments.tell(self.team, workspace, most_workers, Int64(EXACT), hashes, self.worker()[0] + 1, readers_end)
+            hashes = (segments.noted(self.pipe.team, sPlan, 0),) * 2  # nobody asks what it began with
+            segments.tell(
+                self.pipe.team, workspace, most_workers, Int64(EXACT), hashes, self.pipe.worker()[0] + 1, readers_end
+            )
         if segment > 0:
             cute.arch.sync_warp()
             at = sPlan + AT_PIECES + (count - 1) % PIECES * PIECE
             start, tokens, h, b = ptx.lds_i32x4(at)
             checkpoint = ptx.lds_i32x4(at + 32)[:2]
             nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
-            again, not_needed = segments.judge(self.team, workspace, most_workers, sPlan, settled[0], span, fate)
+            again, not_needed = segments.judge(self.pipe.team, workspace, most_workers, sPlan, settled[0], span, fate)
             handed_on = (fate & HANDED_ON) != 0
             fate = fate & (HANDED_ON | COMPARED)
             if not handed_on:
@@ -539,10 +534,10 @@ class KdaFwdSm90:
                 if handed_on:
                     cute.arch.mbarrier_wait(settled[1], 0)
                 # a lane for each state handed on, which is the right one now, and for each of the worker before
-                slice, mine, theirs = segments.slice_of(self.team, lane), Int64(HANDED), Int64(NOT_NEEDED)
-                if lane >= self.state_wgs:
-                    slice, mine, theirs = slice - self.state_wgs - 2, theirs, mine
-                if (lane < 2 * self.state_wgs) & (handed_on | (lane >= self.state_wgs)):
+                slice, mine, theirs = segments.slice_of(self.pipe.team, lane), Int64(HANDED), Int64(NOT_NEEDED)
+                if lane >= self.pipe.state_wgs:
+                    slice, mine, theirs = slice - self.pipe.state_wgs - 2, theirs, mine
+                if (lane < 2 * self.pipe.state_wgs) & (handed_on | (lane >= self.pipe.state_wgs)):
                     segments.settle(workspace, slice, mine, theirs)
 
     # ------------------------------------------------------------------ between the blocks of a cluster
@@ -550,11 +545,11 @@ class KdaFwdSm90:
     @cute.jit
     def send(self, ring: Int32, sTables: Int32, ready, solved, raw_full, left, work):
         """One warp: each chunk that this block has prepared, all but v, to the other block."""
-        S, other, n = self.own_stages, self.rank() ^ 1, Int32(0)
+        S, other, n = self.pipe.own_stages, self.pipe.rank() ^ 1, Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             tokens = self.piece(nth, work)[1]
             end = n + cute.ceil_div(tokens, C)
-            for c in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
+            for c in cutlass.range(self.first_own(n, self.pipe.rank(), 2), end, 2, unroll=1):
                 own = c // 2
                 stage = own % S
                 cute.arch.mbarrier_wait(ready + stage, own // S & 1)
@@ -562,15 +557,20 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_wait(left, own & 1 ^ 1)
                 bar = (raw_full + S).toint()
                 with cute.arch.elect_one():
-                    for base, step, size in ((ring, self.tiles.size, self.tiles.sent), (sTables, TABLES, TABLES)):
+                    for base, step, size in (
+                        (ring, self.pipe.tiles.size, self.pipe.tiles.sent),
+                        (sTables, TABLES, TABLES),
+                    ):
                         ptx.send(base + S * step, base + stage * step, size, bar, other)
             n = end
 
     @cute.jit
     def fetch(self, v_tma, mV, ring, raw_full, gated, empty, work):
         """One warp: v for the chunks that the other block prepares. `gated` says that rows behind the end are zero."""
-        bV = self.staged(ring + self.tiles.at_v, self.dtype, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
-        lane, rank, stage, n = cute.arch.lane_idx(), self.rank(), self.own_stages, Int32(0)
+        bV = self.staged(
+            ring + self.pipe.tiles.at_v, self.pipe.dtype, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2)
+        )
+        lane, rank, stage, n = cute.arch.lane_idx(), self.pipe.rank(), self.pipe.own_stages, Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
             sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
@@ -580,12 +580,12 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
                 bar = raw_full + stage
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, BOX + self.tiles.sent + TABLES)
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, BOX + self.pipe.tiles.sent + TABLES)
                 cute.copy(v_tma, gV[None, c - n, rank], sV_[None, 0, stage], tma_bar_ptr=bar)
                 valid = tokens - (c - n) * C
                 if valid < C:
                     cute.arch.mbarrier_wait(bar, phase)
-                    self.clear_rows((ring + self.tiles.at_v).toint() + stage * self.tiles.size, valid, lane)
+                    self.clear_rows((ring + self.pipe.tiles.at_v).toint() + stage * self.pipe.tiles.size, valid, lane)
                 cute.arch.mbarrier_arrive(gated + stage)
             n = end
 
@@ -600,18 +600,26 @@ class KdaFwdSm90:
 
         The log2 decay is lam times the factor, whose relative error in fp16 is 2^-11 at most: 2^G errs by 2^-11 / e.
         """
-        S = self.stages
+        S = self.pipe.stages
         lane = cute.arch.lane_idx()
         bias_at = sBias + half * 256
         stage, phase = Int32(0), Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             tokens, h = self.piece(nth, work)[1:3]
-            slope = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane)
+            slope = gate.parameters(self.pipe.form, A_log, dt_bias, h, half, bias_at, lane)
             for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
-                sStage = ring + stage * self.tiles.size
+                sStage = ring + stage * self.pipe.tiles.size
                 self.wait(raw_full + stage, phase, lane)
                 gate.of_chunk(
-                    self.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane
+                    self.pipe.form,
+                    slope,
+                    bias_at,
+                    half,
+                    sStage,
+                    sTables + stage * TABLES,
+                    lower_bound,
+                    tokens - c * C,
+                    lane,
                 )
                 cute.arch.mbarrier_arrive(gated + stage)
                 stage += 1
@@ -631,11 +639,11 @@ class KdaFwdSm90:
         Warp h of a pair has channels 64 h .. of all 32 tokens, and so half sums of A and M, which the two exchange at
         the chunk's end.
         """
-        S, P, blocks, rank = self.own_stages, self.pairs, self.blocks, self.rank()
+        S, P, blocks, rank = self.pipe.own_stages, self.pipe.pairs, self.pipe.blocks, self.pipe.rank()
         pair, half, bias_at = warp // 2, warp % 2, sBias + warp * 256
         lane = cute.arch.lane_idx()
         row = lane // 4
-        lam = gate.log2_of_factor(self.form, lower_bound)
+        lam = gate.log2_of_factor(self.pipe.form, lower_bound)
         lower = sLower + (Int32(lane % 4 * 2 <= row) + Int32(lane % 4 * 2 < row)) * 16
         tile = fragments.tile_at(Int32(0), lane)
 
@@ -644,29 +652,29 @@ class KdaFwdSm90:
             tokens, h = self.piece(nth, work)[1:3]
             first, end = self.first_own(n, blocks * pair + rank, blocks * P), n + cute.ceil_div(tokens, C)
             slope = Float32(0.0)
-            if const_expr(self.gate_warps == 0):
+            if const_expr(self.pipe.gate_warps == 0):
                 if first < end:
-                    slope = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane)
+                    slope = gate.parameters(self.pipe.form, A_log, dt_bias, h, half, bias_at, lane)
             tokens += n * C  # from the block's first chunk on, as c
             for c in cutlass.range(first, end, blocks * P, unroll=1):
                 own = c // blocks
                 stage, slot = own % S, own % SYSTEMS
                 left = tokens - c * C
-                sStage = ring + stage * self.tiles.size
+                sStage = ring + stage * self.pipe.tiles.size
                 system = sSystems + slot * SYSTEM
                 self.wait(raw_full + stage, own // S & 1, lane)
                 if left < C:
                     self.clear_tail(lane, half, left, sStage)
-                if const_expr(self.gate_warps == 0):
+                if const_expr(self.pipe.gate_warps == 0):
                     gate.of_chunk(
-                        self.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
+                        self.pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
                     )
                 else:
                     self.wait(gated + stage, own // S & 1, lane)
                 cute.arch.sync_warp()
-                tile_kq = sStage + half * self.tiles.k_half + tile
-                tile_kr = sStage + self.tiles.at_g + half * self.tiles.kr_half + tile
-                table = sStage + self.tiles.at_t + half * ANCHORS + lane % 4 * 16
+                tile_kq = sStage + half * self.pipe.tiles.k_half + tile
+                tile_kr = sStage + self.pipe.tiles.at_g + half * self.pipe.tiles.kr_half + tile
+                table = sStage + self.pipe.tiles.at_t + half * ANCHORS + lane % 4 * 16
                 # of Kd Ki^T and Qd Ki^T the blocks on and below the diagonal, and |q|^2: sums over the warp's channels
                 acc = cute.make_rmem_tensor((SUMS + 4,), Float32)
                 for i in cutlass.range_constexpr(SUMS + 4):
@@ -682,21 +690,21 @@ class KdaFwdSm90:
                     if own >= P:
                         self.wait(solved + (own - P) % S, (own - P) // S & 1, lane)
                 self.wait(a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
-                for i in cutlass.range_constexpr(4 if self.queries else 0):
+                for i in cutlass.range_constexpr(4 if self.pipe.queries else 0):
                     q_sum = fragments.quad_sum(q2[i])
                     if lane % 4 == 0:
                         ptx.sts_f32(system + SQUARES + ((1 + half) * C + 8 * i + row) * 4, q_sum)
                 # Of the half sums, the second warp leaves A's to the first in the system's place, the first M's to the
                 # second in that of T and M, when both need the anchors there no more.
                 cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
-                a_at, m_at = system + lane * 16, sStage + self.tiles.at_t + lane * 16
+                a_at, m_at = system + lane * 16, sStage + self.pipe.tiles.at_t + lane * 16
                 self.give(a_at, m_at, A, M, half)
                 cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
                 if half == 0:
                     self.store_a(self.take(a_at, A), system, lane)
                 else:
-                    if const_expr(self.queries):
-                        self.store_m(self.take(m_at, M), sStage + self.tiles.at_m, lane)
+                    if const_expr(self.pipe.queries):
+                        self.store_m(self.take(m_at, M), sStage + self.pipe.tiles.at_m, lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.mbarrier_arrive(a_full + slot)
                 cute.arch.mbarrier_arrive(ready + stage)
@@ -742,11 +750,11 @@ class KdaFwdSm90:
     @cute.jit
     def clear_tail(self, lane: Int32, half: Int32, valid: Int32, sStage: Int32):
         """Rows behind the sequence's end hold the next one's tokens: zero them, so that not even a NaN gets in."""
-        self.clear_rows(sStage + half * self.tiles.k_half, valid, lane)
-        if const_expr(self.queries):
-            self.clear_rows(sStage + half * self.tiles.k_half + BOX, valid, lane)
-        if half < self.v_boxes:
-            self.clear_rows(sStage + self.tiles.at_v + half * BOX, valid, lane)
+        self.clear_rows(sStage + half * self.pipe.tiles.k_half, valid, lane)
+        if const_expr(self.pipe.queries):
+            self.clear_rows(sStage + half * self.pipe.tiles.k_half + BOX, valid, lane)
+        if half < self.pipe.v_boxes:
+            self.clear_rows(sStage + self.pipe.tiles.at_v + half * BOX, valid, lane)
 
     @cute.jit
     def clear_rows(self, box: Int32, valid: Int32, lane: Int32):
@@ -756,16 +764,16 @@ class KdaFwdSm90:
 
     def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
         """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
-        F = self.form.frames
+        F = self.pipe.form.frames
         at = [table + nt * 64 for nt in range(2)]  # by half of the channels
         g = [ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True) for s in range(2)]
         offset = [ptx.lds_f32x4(a) + (ptx.lds_f32x4(a + 512) if F == 4 else ()) for a in at]
-        ahead = 2 if self.queries else 1  # without q there are fewer registers
+        ahead = 2 if self.pipe.queries else 1  # without q there are fewer registers
         tiles = [self.tile_of(tile_kq, s) for s in range(ahead)]
         shifts = [ptx.lds_u32x2(a + 1032) + (ptx.lds_u32x2(a + 1536) if F == 4 else ()) for a in at]
         w = [ptx.lds_f32x2(a + 1024) for a in at]
         roots = shifts = list(zip(*shifts, strict=True))  # by frame
-        if self.form.step == 2:
+        if self.pipe.form.step == 2:
             shifts = [shifts[0], *(fragments.times(x, x) for x in shifts[1:])]
         to_start, to_end = [shifts[0]], [None, shifts[-1]]  # from each frame's anchor; from the last frame's backwards
         for i in range(1, F):
@@ -785,7 +793,7 @@ class KdaFwdSm90:
                 i = 2 * s + r
                 if i % (4 // F) == 0 and i > 0:
                     *older, last = before
-                    if self.form.step == 2:
+                    if self.pipe.form.step == 2:
                         last = fragments.times(last, roots[frame[r]])
                     before = [fragments.times(b, shifts[frame[r]]) for b in older] + [
                         fragments.times(last, roots[frame[r]])
@@ -794,14 +802,14 @@ class KdaFwdSm90:
                 if F == 4:  # 8 rows of k, the same of q
                     for j in range(i + 1):
                         a = (lk[r], lq[r], lk[r + 2], lq[r + 2])
-                        self.product_into(acc, QUADS.index((i, j)), a, before[j], 4 if self.queries else 2)
+                        self.product_into(acc, QUADS.index((i, j)), a, before[j], 4 if self.pipe.queries else 2)
             if F == 2:
                 for j, b in enumerate(before):
-                    for i, a in enumerate((lk, lq) if self.queries else (lk,)):
+                    for i, a in enumerate((lk, lq) if self.pipe.queries else (lk,)):
                         self.product_into(acc, SUMS // 8 * i + 2 * s + j, a, b, 4)
             rows = [to_start[frame[j % 2]][j // 2] for j in range(4)]
             ptx.stmatrix_x4(tile_kq + s * 2048, fragments.times(lk, rows))
-            if self.queries:
+            if self.pipe.queries:
                 ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, fragments.times(lq, rows))
             for j in range(4):
                 if frame[j % 2] < F - 1:
@@ -811,7 +819,7 @@ class KdaFwdSm90:
     def tile_of(self, tile_kq: Int32, s: int):
         """k and q of 16 tokens x 16 channels."""
         k = ptx.ldmatrix_x4(tile_kq + s * 2048)
-        return k, ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX) if self.queries else k
+        return k, ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX) if self.pipe.queries else k
 
     def product_into(self, acc: cute.Tensor, block: int, a, b, used: int) -> None:
         """Adds 16 rows times 8 of k, of 16 channels, to a block of sums, if it uses 8 of the rows only half of it."""
@@ -821,7 +829,7 @@ class KdaFwdSm90:
 
     def accumulators(self, acc: cute.Tensor):
         """A and M by 8 x 8 block, and the four sums of squares."""
-        if self.form.frames == 2:
+        if self.pipe.form.frames == 2:
             rows = [4 * (i // 2 * 2 + j) + i % 2 * 2 for i, j in QUADS]
             A, M = [[(acc[at + x], acc[at + x + 1]) for x in rows] for at in (0, SUMS // 2)]
         else:
@@ -835,12 +843,12 @@ class KdaFwdSm90:
             e = x[j // 2][2 * (j % 2) : 2 * (j % 2) + 2]
             up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
             kf, qf = fragments.pair(k[j], self.config.dtype), fragments.pair(q[j], self.config.dtype)
-            if self.queries:
+            if self.pipe.queries:
                 at = SUMS + 2 * s + j % 2
                 acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
             kd = [kf[i] * down[i] for i in range(2)]
             lk.append(ptx.pack_bf16(kf[0] * up[0], kf[1] * up[1]))
-            lq.append(ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1]) if self.queries else Uint32(0))
+            lq.append(ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1]) if self.pipe.queries else Uint32(0))
             ki.append(ptx.pack_bf16(*kd))
             kr.append(ptx.pack_bf16(kd[0] * w[j // 2][0], kd[1] * w[j // 2][1]))
         return lk, lq, ki, kr
@@ -850,7 +858,7 @@ class KdaFwdSm90:
         """Leave the half sums that the other warp completes: 2.5 KiB, 16 bytes a lane at a time."""
         for i in cutlass.range_constexpr(len(QUADS) // 2):
             if half == 0:
-                if const_expr(self.queries):
+                if const_expr(self.pipe.queries):
                     ptx.sts_f32x4(m_at + i * 512, M[2 * i] + M[2 * i + 1])
             else:
                 ptx.sts_f32x4(a_at + i * 512, A[2 * i] + A[2 * i + 1])
@@ -914,24 +922,24 @@ class KdaFwdSm90:
         n = Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
             start, tokens, h, b = self.piece(nth, work)[:4]
-            first, end = self.first_own(n, self.rank(), self.blocks), n + cute.ceil_div(tokens, C)
+            first, end = self.first_own(n, self.pipe.rank(), self.pipe.blocks), n + cute.ceil_div(tokens, C)
             beta_at = (Int64(b) * T + start - n * C) * H + h
             tokens += n * C  # from the block's first chunk on, as c
             next_beta = self.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
-            for c in cutlass.range(first, end, self.blocks, unroll=1):
-                own = c // self.blocks
-                stage, slot = own % self.own_stages, own % SYSTEMS
+            for c in cutlass.range(first, end, self.pipe.blocks, unroll=1):
+                own = c // self.pipe.blocks
+                stage, slot = own % self.pipe.own_stages, own % SYSTEMS
                 system = sSystems + slot * SYSTEM
                 norm_at = sTables + stage * TABLES + NORM
                 raw_beta = next_beta
-                next_beta = self.load_beta(beta, beta_at, H, (c + self.blocks) * C + lane, tokens, flags)
+                next_beta = self.load_beta(beta, beta_at, H, (c + self.pipe.blocks) * C + lane, tokens, flags)
                 # what makes the stage's tables ours: `state` has left them, the loads have come
-                cute.arch.mbarrier_wait(raw_full + stage, own // self.own_stages & 1)
+                cute.arch.mbarrier_wait(raw_full + stage, own // self.pipe.own_stages & 1)
                 cute.arch.mbarrier_wait(a_full + slot, own // SYSTEMS & 1)
                 squares = system + SQUARES + lane * 4
                 k2 = ptx.lds_f32(squares)
                 rk, q2 = self.inverse_norm(k2, flags), Float32(0.0)
-                if const_expr(self.queries):
+                if const_expr(self.pipe.queries):
                     q2 = ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4)
                     ptx.sts_f32(norm_at + (C + lane) * 4, self.inverse_norm(q2, flags) * scale)
                 b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
@@ -946,7 +954,7 @@ class KdaFwdSm90:
                 block = lane // SUB * SUB
                 x = self.substitute(system, norm_at, block, lane - block, b_i)
                 cute.arch.sync_warp()
-                sT = ring + stage * self.tiles.size + self.tiles.at_t
+                sT = ring + stage * self.pipe.tiles.size + self.pipe.tiles.at_t
                 for j in cutlass.range_constexpr(SUB):
                     ptx.sts_f32(system + (block + j) * A_ROW + lane * 4, x[j])  # over A's diagonal blocks
                 cute.arch.sync_warp()
@@ -1050,23 +1058,23 @@ class KdaFwdSm90:
 
         kind = SmemLayoutAtomKind
         bKQ = operand_b(mma_ks, self.staged(ring, BFloat16, kind.K_SW128, (2 * C, D), (0, 1)))
-        sKr = self.staged(ring + self.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
-        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
-        bT = operand_b(mma_tm, self.staged(ring + self.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-        bM = operand_b(mma_tm, self.staged(ring + self.tiles.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        sKr = self.staged(ring + self.pipe.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.pipe.g_boxes // 2 * C), (1, 0))
+        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.pipe.stages), (0, 0, 0)))
+        bT = operand_b(mma_tm, self.staged(ring + self.pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        bM = operand_b(mma_tm, self.staged(ring + self.pipe.tiles.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1)))
         acc_s = fragment(mma_s, D)
         acc_ro = fragment(mma_ks, 2 * C)  # tokens 0-31: Kd S^T, 32-63: Qd S^T
         acc_u, acc_o = fragment(mma_tm, C), fragment(mma_tm, C)
         fS, fU = operand_a(mma_ks, D), operand_a(mma_tm, C)
 
-        sO = self.staged(out, self.dtype, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
+        sO = self.staged(out, self.pipe.dtype, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
         o_row = out.toint() + wg * (2 * BOX)
         # ldmatrix / stmatrix with a transposition: lane l serves token l % 8 + 8 (l // 16), 16-byte column of v
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
         n, buf, forget = Int32(0), Int32(0), Float32(1.0)
 
-        vs = self.rank() + wg  # of 64 value rows
+        vs = self.pipe.rank() + wg  # of 64 value rows
         for nth in cutlass.range(self.count(work), unroll=1):
             numbers = self.piece(nth, work)
             start, tokens, h, b, nh, fate, next_nh, span = numbers[:8]
@@ -1080,13 +1088,13 @@ class KdaFwdSm90:
                 if guessed:
                     source = Int32(0)
                     segments.note(acc_s, work[0], 1, wg * 4 + warp, lane)
-                if const_expr(self.blocks == 1):
+                if const_expr(self.pipe.blocks == 1):
                     if (fate & BUILT) != 0:
                         guessed, source = Boolean(True), Int32(BUILT)
             if source != 0:
                 if (warp == 0) & ((fate & AGAIN) != 0):
                     cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
-                segments.take(self.team, acc_s, place, source)
+                segments.take(self.pipe.team, acc_s, place, source)
             elif (fate & (SEGMENT | KEPT)) == 0:
                 whence = initial_state
                 if ((fate & WARM_UP) != 0) | (nh < 0):
@@ -1107,7 +1115,7 @@ class KdaFwdSm90:
                         )
                 stage, phase, is_own = self.stage_of(n)
                 prepared, inverted = ready + stage, solved + stage
-                if const_expr(self.blocks == 2):
+                if const_expr(self.pipe.blocks == 2):
                     if not is_own:
                         prepared, inverted = raw_full + stage, gated + stage
                 cute.arch.mbarrier_wait(prepared, phase)
@@ -1122,7 +1130,7 @@ class KdaFwdSm90:
                     forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
-                v_at = ring.toint() + self.tiles.at_v + stage * self.tiles.size + wg * BOX + t_row + t_col
+                v_at = ring.toint() + self.pipe.tiles.at_v + stage * self.pipe.tiles.size + wg * BOX + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
                 r = cute.make_rmem_tensor((C // 2,), Float32)
@@ -1154,7 +1162,7 @@ class KdaFwdSm90:
                 self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
-                o, pack = [], ptx.pack_bf16 if self.dtype is BFloat16 else ptx.pack_f16
+                o, pack = [], ptx.pack_bf16 if self.pipe.dtype is BFloat16 else ptx.pack_f16
                 for n8 in cutlass.range_constexpr(C // 8):
                     rq = ptx.lds_f32x2(norm_at + (C + n8 * 8) * 4)
                     for half in cutlass.range_constexpr(2):
@@ -1164,10 +1172,10 @@ class KdaFwdSm90:
                 ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
                 warpgroup.wait_group(0)
                 cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
-                if const_expr(self.blocks == 2):
+                if const_expr(self.pipe.blocks == 2):
                     cute.arch.sync_warp()
-                    for bar in (empty + n // 2 % self.own_stages, left):
-                        ptx.remote_arrive(bar.toint(), self.rank() ^ 1, (lane == 0) & (not is_own))
+                    for bar in (empty + n // 2 % self.pipe.own_stages, left):
+                        ptx.remote_arrive(bar.toint(), self.pipe.rank() ^ 1, (lane == 0) & (not is_own))
                 cute.arch.fence_view_async_shared()
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has left the other buffer
@@ -1188,7 +1196,7 @@ class KdaFwdSm90:
                         cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
                     begin = start
                     if source != 0:
-                        segments.read(self.team, acc_s, place, source)
+                        segments.read(self.pipe.team, acc_s, place, source)
                     elif (fate & SEGMENT) != 0:  # which has guessed
                         begin = ptx.lds_i32(work[0] + AT_WARM_UP)
                         state_io.load(acc_s, self.config, Int64(0), nh, vs, flags)
@@ -1206,7 +1214,7 @@ class KdaFwdSm90:
                         ptx.sts_i32(work[0] + AT_GUESSED, Int32(guessed))
                     cute.arch.mbarrier_arrive(settled[0])
             if (fate & HANDED_ON) != 0:
-                segments.hand_on(self.team, acc_s, place, fate, guessed, settled[1])
+                segments.hand_on(self.pipe.team, acc_s, place, fate, guessed, settled[1])
             if ((fate & FINAL) != 0) & (nh >= 0):
                 state_io.store(acc_s, self.config, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -1232,19 +1240,19 @@ class KdaFwdSm90:
         K, h, b, thread = self.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
         H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
         h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32
-        row, col = (self.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
-        slope, shift = gate.slope_of_head(self.form, A_log, h)
+        row, col = (self.pipe.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
+        slope, shift = gate.slope_of_head(self.pipe.form, A_log, h)
         bias = Float32(0.0)
         if (dt_bias != 0) & (thread < K):
             bias = fragments.global_f32(dt_bias, Int64(h * K + thread))
-        bias = gate.bias(self.form, slope, shift, bias)
+        bias = gate.bias(self.pipe.form, slope, shift, bias)
         for t in cutlass.range(begin, start + tokens, unroll=1):
             if const_expr(self.config.checkpoints):
                 before, first, every, states = kept
                 c = before + (t - start) // C
                 if (t >= start) & ((t - start) % C == 0) & (c % every == 0):
                     state_io.store_checkpoint(
-                        acc, self.config, states, (first + c // every) * H + h, self.rank() + wg, flags
+                        acc, self.config, states, (first + c // every) * H + h, self.pipe.rank() + wg, flags
                     )
             k2, q2, k2_small, q2_small = (Float32(0.0) for _ in range(4))
             for i in cutlass.range(lane, K, 32, unroll=1):
@@ -1256,8 +1264,8 @@ class KdaFwdSm90:
             cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
             if thread < K:
                 k, q = Float32(mK[t, thread, h_qk, b]), Float32(mQ[t, thread, h_qk, b])
-                a = gate.factor(self.form, Float32(mG[t, thread, h, b]), slope, bias)
-                a = a * gate.log2_of_factor(self.form, lower_bound)
+                a = gate.factor(self.pipe.form, Float32(mG[t, thread, h, b]), slope, bias)
+                a = a * gate.log2_of_factor(self.pipe.form, lower_bound)
                 ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
                 ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
                 ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
@@ -1281,7 +1289,7 @@ class KdaFwdSm90:
                     acc[4 * i + j] = ptx.fma(u[j // 2], k[j % 2], acc[4 * i + j])
             if (lane % 4 == 0) & (t >= start):
                 for r in cutlass.range_constexpr(2):
-                    mO[t, row + 8 * r, h, b] = ptx.fma(u[r], kq, sums[2 + r]).to(self.dtype)
+                    mO[t, row + 8 * r, h, b] = ptx.fma(u[r], kq, sums[2 + r]).to(self.pipe.dtype)
 
     @cute.jit
     def norm_of(self, x2: Float32, x2_small: Float32, flags: Int32):
@@ -1297,10 +1305,10 @@ class KdaFwdSm90:
     @cute.jit
     def stage_of(self, n: Int32):
         """(stage, phase, whether this block prepares it) of the n-th chunk."""
-        S, m = self.own_stages, n // self.blocks
+        S, m = self.pipe.own_stages, n // self.pipe.blocks
         stage, phase, is_own = m % S, m // S & 1, Boolean(True)
-        if const_expr(self.blocks == 2):
-            is_own = n % 2 == self.rank()
+        if const_expr(self.pipe.blocks == 2):
+            is_own = n % 2 == self.pipe.rank()
             if not is_own:
                 stage, phase = Int32(S), m & 1
         return stage, phase, is_own
@@ -1339,27 +1347,12 @@ class KdaFwdSm90:
                 ptx.stg_u32x4((row.iterator + (vs * 64 + piece * 8)).toint(), words)
 
 
-def fake_tensors(kernel: KdaFwdSm90, names: str):
-    """Some of q, k [B, T, H, K], g [B, T, HV, K], v, o [B, T, HV, V], with any strides that TMA takes."""
-    B, T, H, HV = (cute.sym_int() for _ in range(4))
-    K, V = kernel.config.K, kernel.config.V
-    return [
-        fake_tensor(kernel.g_type if x == "g" else kernel.dtype, (B, T, H if x in "qk" else HV, V if x in "vo" else K))
-        for x in names
-    ]
-
-
-def fake_tensor(dtype, shape):
-    stride = (*(cute.sym_int64(divisibility=128 // dtype.width) for _ in range(3)), 1)  # 16 bytes
-    return cute.runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16)
-
-
 def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaFwdSm90(config)
-    tensors = fake_tensors(kernel, "qkvgo")
     return cute.compile(
-        kernel, *tensors, *([Int64(0)] * 10), *([Int32(0)] * 3), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *fake_tensors(config, "qkvgo"),
+        *([Int64(0)] * 10), *([Int32(0)] * 3), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -79,16 +79,18 @@ def run(
     kernel: Any, warp: Warp, dtype: Any, g_dtype: Any, q: Any, k: Any, g: Any, A_log: float, bias: Any,
     lower_bound: float, tokens: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    gate, fragments, form = fwd_sm90.gate, fwd_sm90.fragments, kernel.form
+    gate, fragments, form = fwd_sm90.gate, fwd_sm90.fragments, kernel.pipe.form
     for half in range(2):
         cols = slice(64 * half, 64 * half + 64)
-        put(warp, half * kernel.tiles.k_half, k[:, cols], dtype)
-        put(warp, half * kernel.tiles.k_half + BOX, q[:, cols], dtype)
+        put(warp, half * kernel.pipe.tiles.k_half, k[:, cols], dtype)
+        put(warp, half * kernel.pipe.tiles.k_half + BOX, q[:, cols], dtype)
         if g_dtype != "fp32":
-            put(warp, kernel.tiles.at_g + half * kernel.tiles.kr_half, g[:, cols], g_dtype)
+            put(warp, kernel.pipe.tiles.at_g + half * kernel.pipe.tiles.kr_half, g[:, cols], g_dtype)
         else:
             row, col = np.indices((C, 64))
-            at = swizzled(kernel.tiles.at_g + half * kernel.tiles.kr_half + col // 32 * BOX, row, col % 32 * 4)
+            at = swizzled(
+                kernel.pipe.tiles.at_g + half * kernel.pipe.tiles.kr_half + col // 32 * BOX, row, col % 32 * 4
+            )
             for i in range(4):
                 warp.memory[at + i] = g[:, cols].astype(f32).view(np.uint32) >> (8 * i) & 255
     for lane in range(3):  # code with branches
@@ -107,13 +109,13 @@ def run(
                 kernel.clear_tail(LANES, half, tokens, STAGE)
             gate.of_chunk(form, slope, BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
-            tile_kq = STAGE + half * kernel.tiles.k_half + tile
-            tile_kr = STAGE + kernel.tiles.at_g + half * kernel.tiles.kr_half + tile
-            table = STAGE + kernel.tiles.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
+            tile_kq = STAGE + half * kernel.pipe.tiles.k_half + tile
+            tile_kr = STAGE + kernel.pipe.tiles.at_g + half * kernel.pipe.tiles.kr_half + tile
+            table = STAGE + kernel.pipe.tiles.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
             for kk in range(4):
                 kernel.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
             sums.append(kernel.accumulators(acc))
-        a_at, m_at = SYS + LANES * 16, STAGE + kernel.tiles.at_t + LANES * 16
+        a_at, m_at = SYS + LANES * 16, STAGE + kernel.pipe.tiles.at_t + LANES * 16
         for half, (A, M, _) in enumerate(sums):
             kernel.give(a_at, m_at, A, M, half)
         A, M = kernel.take(a_at, sums[0][0]), kernel.take(m_at, sums[1][1])
@@ -131,8 +133,8 @@ def run(
     found["A"] = system[: C * A_ROW // 4].reshape(C, A_ROW // 4)[:, :C].T.astype(np.float64)
     found["k2"] = system[fwd_sm90.SQUARES // 4 : fwd_sm90.SQUARES // 4 + C].astype(np.float64)
     found["q2"] = np.concatenate([x[::4] for x in q2])
-    for name, at in (("Kd", 0), ("Qd", BOX), ("Kr", kernel.tiles.at_g)):
-        step = kernel.tiles.k_half if name != "Kr" else kernel.tiles.kr_half
+    for name, at in (("Kd", 0), ("Qd", BOX), ("Kr", kernel.pipe.tiles.at_g)):
+        step = kernel.pipe.tiles.k_half if name != "Kr" else kernel.pipe.tiles.kr_half
         found[name] = np.concatenate([get(warp, at + half * step) for half in range(2)], 1).astype(np.float64)
     found["decay"] = warp.memory[TABLE + fwd_sm90.DECAY : TABLE + fwd_sm90.DECAY + 4 * D].view(f32).astype(np.float64)
     return found
