@@ -19,7 +19,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import fragments, gate, ptx, schedule, segments
+from . import chunk, fragments, gate, ptx, schedule, segments
 from .arguments import fake_tensors
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .fwd_sm90 import FORGOTTEN, KdaFwdSm90
@@ -128,7 +128,7 @@ class KdaBuildSm90(KdaFwdSm90):
         sPlan = table(2 * PLAN).toint()
         sList = table(6 * 32).toint()
         sBias = table(256 * 2 * self.pipe.pairs).toint()
-        sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
+        sLower = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
         bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
         a_full, a_empty, left = bars + 5 * S, bars + 5 * S + SYSTEMS, bars + 5 * S + 2 * SYSTEMS

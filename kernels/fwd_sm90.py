@@ -38,7 +38,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import fragments, gate, ptx, schedule, segments, state_io
+from . import chunk, fragments, gate, ptx, schedule, segments, state_io
 from .arguments import fake_tensors
 from .config import (
     BETA_BF16,
@@ -57,7 +57,6 @@ from .layout import (
     DECAY,
     NORM,
     PAIR_BAR,
-    QUAD,
     SQUARES,
     STATE_BAR,
     SUB,
@@ -97,8 +96,6 @@ EPS = 1e-6  # of the l2 norm, as in fla
 # What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
 # guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
 FORGOTTEN = 2.0**-48
-SUMS = 48  # of products over channels, that a lane has: of 12 of 16 x 8 with frames of 16 tokens, of 10 with 8
-QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 blocks of A and M
 # Squares of q and k above which products might overflow, even with one of 2^-x up to 2^97 in it.
 USUAL = 2.0**60
 SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
@@ -221,7 +218,7 @@ class KdaFwdSm90:
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
         sBias = table(256 * (self.pipe.gate_warps or 2 * self.pipe.pairs), 16).toint()  # of each warp that makes gates
-        sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
+        sLower = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
         barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
         bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
         raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
@@ -585,7 +582,7 @@ class KdaFwdSm90:
                 valid = tokens - (c - n) * C
                 if valid < C:
                     cute.arch.mbarrier_wait(bar, phase)
-                    self.clear_rows((ring + self.pipe.tiles.at_v).toint() + stage * self.pipe.tiles.size, valid, lane)
+                    chunk.clear_rows((ring + self.pipe.tiles.at_v).toint() + stage * self.pipe.tiles.size, valid, lane)
                 cute.arch.mbarrier_arrive(gated + stage)
             n = end
 
@@ -664,7 +661,7 @@ class KdaFwdSm90:
                 system = sSystems + slot * SYSTEM
                 self.wait(raw_full + stage, own // S & 1, lane)
                 if left < C:
-                    self.clear_tail(lane, half, left, sStage)
+                    chunk.clear_tail(self.pipe, lane, half, left, sStage)
                 if const_expr(self.pipe.gate_warps == 0):
                     gate.of_chunk(
                         self.pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
@@ -676,13 +673,15 @@ class KdaFwdSm90:
                 tile_kr = sStage + self.pipe.tiles.at_g + half * self.pipe.tiles.kr_half + tile
                 table = sStage + self.pipe.tiles.at_t + half * ANCHORS + lane % 4 * 16
                 # of Kd Ki^T and Qd Ki^T the blocks on and below the diagonal, and |q|^2: sums over the warp's channels
-                acc = cute.make_rmem_tensor((SUMS + 4,), Float32)
-                for i in cutlass.range_constexpr(SUMS + 4):
+                acc = cute.make_rmem_tensor((chunk.SUMS + 4,), Float32)
+                for i in cutlass.range_constexpr(chunk.SUMS + 4):
                     acc[i] = Float32(0.0)
                 triangle = ptx.lds_u32x4(lower)
                 for kk in cutlass.range(4, unroll=1):
-                    self.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, triangle, lam)
-                A, M, q2 = self.accumulators(acc)
+                    chunk.decay(
+                        self.pipe, acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, triangle, lam
+                    )
+                A, M, q2 = chunk.accumulators(self.pipe, acc)
 
                 # `invert` takes A and the squares from one of its buffers
                 if const_expr(P > SYSTEMS):
@@ -698,26 +697,17 @@ class KdaFwdSm90:
                 # second in that of T and M, when both need the anchors there no more.
                 cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
                 a_at, m_at = system + lane * 16, sStage + self.pipe.tiles.at_t + lane * 16
-                self.give(a_at, m_at, A, M, half)
+                chunk.give(self.pipe, a_at, m_at, A, M, half)
                 cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
                 if half == 0:
-                    self.store_a(self.take(a_at, A), system, lane)
+                    chunk.store_a(chunk.take(a_at, A), system, lane)
                 else:
                     if const_expr(self.pipe.queries):
-                        self.store_m(self.take(m_at, M), sStage + self.pipe.tiles.at_m, lane)
+                        chunk.store_m(chunk.take(m_at, M), sStage + self.pipe.tiles.at_m, lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.mbarrier_arrive(a_full + slot)
                 cute.arch.mbarrier_arrive(ready + stage)
             n = end
-
-    @cute.jit
-    def lower(self, table: Int32, warp: Int32, lane: Int32) -> Int32:
-        """The lower triangle of ones as an operand A, to sum over tokens: what a lane has whose two elements on the
-        diagonal are 0, 0 or 1, 0 or 1, 1. In shared memory, since ptxas makes constants anew at each use."""
-        if (warp == 1) & (lane < 3):
-            diagonal = Uint32(0x3C00) * Uint32(lane > 0) | Uint32(0x3C000000) * Uint32(lane > 1)
-            ptx.sts_u32x4(table + lane * 16, (diagonal, Uint32(0x3C003C00), Uint32(0), diagonal))
-        return table
 
     @cute.jit
     def load_beta(self, address: Int64, start: Int64, H: Int32, token: Int32, tokens: Int32, flags: Int32) -> Uint32:
@@ -746,161 +736,6 @@ class KdaFwdSm90:
         if not exists:
             x = Float32(0.0)
         return x
-
-    @cute.jit
-    def clear_tail(self, lane: Int32, half: Int32, valid: Int32, sStage: Int32):
-        """Rows behind the sequence's end hold the next one's tokens: zero them, so that not even a NaN gets in."""
-        self.clear_rows(sStage + half * self.pipe.tiles.k_half, valid, lane)
-        if const_expr(self.pipe.queries):
-            self.clear_rows(sStage + half * self.pipe.tiles.k_half + BOX, valid, lane)
-        if half < self.pipe.v_boxes:
-            self.clear_rows(sStage + self.pipe.tiles.at_v + half * BOX, valid, lane)
-
-    @cute.jit
-    def clear_rows(self, box: Int32, valid: Int32, lane: Int32):
-        for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
-            if lane + 32 * j >= valid * 8:
-                ptx.sts_16(box + (lane + 32 * j) * 16, Uint32(0))
-
-    def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
-        """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
-        F = self.pipe.form.frames
-        at = [table + nt * 64 for nt in range(2)]  # by half of the channels
-        g = [ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True) for s in range(2)]
-        offset = [ptx.lds_f32x4(a) + (ptx.lds_f32x4(a + 512) if F == 4 else ()) for a in at]
-        ahead = 2 if self.pipe.queries else 1  # without q there are fewer registers
-        tiles = [self.tile_of(tile_kq, s) for s in range(ahead)]
-        shifts = [ptx.lds_u32x2(a + 1032) + (ptx.lds_u32x2(a + 1536) if F == 4 else ()) for a in at]
-        w = [ptx.lds_f32x2(a + 1024) for a in at]
-        roots = shifts = list(zip(*shifts, strict=True))  # by frame
-        if self.pipe.form.step == 2:
-            shifts = [shifts[0], *(fragments.times(x, x) for x in shifts[1:])]
-        to_start, to_end = [shifts[0]], [None, shifts[-1]]  # from each frame's anchor; from the last frame's backwards
-        for i in range(1, F):
-            to_start.append(fragments.times(to_start[-1], shifts[i]))
-        for i in range(F - 2, 0, -1):
-            to_end.append(fragments.times(to_end[-1], shifts[i]))
-        before = []  # k 2^-x of 8 tokens each, as operands B, relative to the present frame's anchor
-        for s in range(2):
-            k, q = tiles[s] if s < ahead else self.tile_of(tile_kq, s)
-            frame = [(2 * s + r) * F // 4 for r in range(2)]
-            x = []
-            for nt in range(2):
-                G = ptx.mma_f16(lower, g[s][2 * nt], g[s][2 * nt + 1], (Float32(0.0),) * 4)
-                x.append([ptx.fma(G[i], lam, offset[nt][2 * frame[i // 2] + i % 2]) for i in range(4)])
-            lk, lq, ki, kr = self.decayed(k, q, x, w, acc, s)
-            for r in range(2):
-                i = 2 * s + r
-                if i % (4 // F) == 0 and i > 0:
-                    *older, last = before
-                    if self.pipe.form.step == 2:
-                        last = fragments.times(last, roots[frame[r]])
-                    before = [fragments.times(b, shifts[frame[r]]) for b in older] + [
-                        fragments.times(last, roots[frame[r]])
-                    ]
-                before.append((ki[r], ki[r + 2]))
-                if F == 4:  # 8 rows of k, the same of q
-                    for j in range(i + 1):
-                        a = (lk[r], lq[r], lk[r + 2], lq[r + 2])
-                        self.product_into(acc, QUADS.index((i, j)), a, before[j], 4 if self.pipe.queries else 2)
-            if F == 2:
-                for j, b in enumerate(before):
-                    for i, a in enumerate((lk, lq) if self.pipe.queries else (lk,)):
-                        self.product_into(acc, SUMS // 8 * i + 2 * s + j, a, b, 4)
-            rows = [to_start[frame[j % 2]][j // 2] for j in range(4)]
-            ptx.stmatrix_x4(tile_kq + s * 2048, fragments.times(lk, rows))
-            if self.pipe.queries:
-                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, fragments.times(lq, rows))
-            for j in range(4):
-                if frame[j % 2] < F - 1:
-                    kr[j] = ptx.mul_bf16x2(kr[j], to_end[F - 1 - frame[j % 2]][j // 2])
-            ptx.stmatrix_x4(tile_kr + s * 2048, tuple(kr))
-
-    def tile_of(self, tile_kq: Int32, s: int):
-        """k and q of 16 tokens x 16 channels."""
-        k = ptx.ldmatrix_x4(tile_kq + s * 2048)
-        return k, ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX) if self.pipe.queries else k
-
-    def product_into(self, acc: cute.Tensor, block: int, a, b, used: int) -> None:
-        """Adds 16 rows times 8 of k, of 16 channels, to a block of sums, if it uses 8 of the rows only half of it."""
-        out = ptx.mma_bf16(a, *b, tuple(acc[4 * block + i] if i < used else Float32(0.0) for i in range(4)))
-        for i in range(used):
-            acc[4 * block + i] = out[i]
-
-    def accumulators(self, acc: cute.Tensor):
-        """A and M by 8 x 8 block, and the four sums of squares."""
-        if self.pipe.form.frames == 2:
-            rows = [4 * (i // 2 * 2 + j) + i % 2 * 2 for i, j in QUADS]
-            A, M = [[(acc[at + x], acc[at + x + 1]) for x in rows] for at in (0, SUMS // 2)]
-        else:
-            A, M = [[(acc[4 * b + at], acc[4 * b + at + 1]) for b in range(len(QUADS))] for at in (0, 2)]
-        return A, M, [acc[SUMS + i] for i in range(4)]
-
-    def decayed(self, k, q, x, w, acc: cute.Tensor, s: int):
-        """k 2^x, q 2^x, k 2^-x and k 2^-x w of 16 tokens x 16 channels, x = G - p and w = 2^(G_C - p) of the last p."""
-        lk, lq, ki, kr = [], [], [], []
-        for j in range(4):  # register j: rows (j % 2), channels 8 (j // 2)
-            e = x[j // 2][2 * (j % 2) : 2 * (j % 2) + 2]
-            up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
-            kf, qf = fragments.pair(k[j], self.config.dtype), fragments.pair(q[j], self.config.dtype)
-            if self.pipe.queries:
-                at = SUMS + 2 * s + j % 2
-                acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
-            kd = [kf[i] * down[i] for i in range(2)]
-            lk.append(ptx.pack_bf16(kf[0] * up[0], kf[1] * up[1]))
-            lq.append(ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1]) if self.pipe.queries else Uint32(0))
-            ki.append(ptx.pack_bf16(*kd))
-            kr.append(ptx.pack_bf16(kd[0] * w[j // 2][0], kd[1] * w[j // 2][1]))
-        return lk, lq, ki, kr
-
-    @cute.jit
-    def give(self, a_at: Int32, m_at: Int32, A, M, half: Int32):
-        """Leave the half sums that the other warp completes: 2.5 KiB, 16 bytes a lane at a time."""
-        for i in cutlass.range_constexpr(len(QUADS) // 2):
-            if half == 0:
-                if const_expr(self.pipe.queries):
-                    ptx.sts_f32x4(m_at + i * 512, M[2 * i] + M[2 * i + 1])
-            else:
-                ptx.sts_f32x4(a_at + i * 512, A[2 * i] + A[2 * i + 1])
-
-    def take(self, at: Int32, X):
-        """The sum of X and of what the other warp gave."""
-        other = [x for i in range(len(QUADS) // 2) for x in ptx.lds_f32x4(at + i * 512)]
-        cute.arch.sync_warp()
-        return [(x[0] + other[2 * b], x[1] + other[2 * b + 1]) for b, x in enumerate(X)]
-
-    @cute.jit
-    def store_a(self, A, system: Int32, lane: Int32):
-        """Kd Ki^T strictly below the diagonal, transposed, fp32; and its diagonal, which is |k|^2."""
-        r, col = lane // 4, lane % 4 * 2
-        for b in cutlass.range_constexpr(len(QUADS)):
-            i, j = QUADS[b]
-            for e in cutlass.range_constexpr(2):
-                c, a = col + e, A[b][e]
-                if const_expr(i == j):
-                    if r == c:
-                        ptx.sts_f32(system + SQUARES + (QUAD * i + r) * 4, a)
-                    a = a if c < r else Float32(0.0)
-                ptx.sts_f32(system + (QUAD * j + c) * A_ROW + (QUAD * i + r) * 4, a)
-
-    @cute.jit
-    def store_m(self, M, sM: Int32, lane: Int32):
-        """M = lower(Qd Ki^T), bf16 (64-byte swizzle)."""
-        row, col = lane // 4, lane % 4 * 2
-        for i in cutlass.range_constexpr(2):
-            for j in cutlass.range_constexpr(2):
-                words = []
-                for q in cutlass.range_constexpr(4):
-                    at = 2 * i + q % 2, 2 * j + q // 2
-                    word = Uint32(0)
-                    if const_expr(at in QUADS):
-                        m0, m1 = M[QUADS.index(at)]
-                        if const_expr(at[0] == at[1]):
-                            m0 = m0 if col <= row else Float32(0.0)
-                            m1 = m1 if col + 1 <= row else Float32(0.0)
-                        word = ptx.pack_bf16(m0, m1)
-                    words.append(word)
-                fragments.store_tile(sM, i, j, words, lane)
 
     # ------------------------------------------------------------------ invert
 

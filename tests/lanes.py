@@ -202,7 +202,7 @@ class Warp:
         return ((d << 23) + 0x3F800000 & 0xFFFFFFFF).astype(u32).view(f32)
 
 
-ROOMS = ("fragments", "gate")  # modules of the kernels' math, which the kernels call into
+ROOMS = ("fragments", "gate", "chunk")  # modules of the kernels' math, which the kernels call into
 
 
 def copy_of(name: str, rooms: dict[str, ModuleType] | None = None) -> ModuleType:
