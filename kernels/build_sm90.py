@@ -19,7 +19,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import chunk, fragments, gate, ptx, schedule, segments
+from . import chunk, fragments, gate, ptx, schedule, segments, state_io
 from .arguments import fake_tensors
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .fwd_sm90 import FORGOTTEN, KdaFwdSm90
@@ -429,7 +429,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 numbers = schedule.find_piece(
                     end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
                 )
-                nh, fate, last = self.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN
+                nh, fate, last = state_io.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN
                 any_given = Int32(0)
                 if (fate & (COMPARED | SEGMENT)) == COMPARED:
                     for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):

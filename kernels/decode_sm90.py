@@ -19,10 +19,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
-from . import fragments, gate, ptx, schedule
+from . import fragments, gate, ptx, scalars, schedule, state_io
 from .arguments import TYPES, fake_tensors
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
-from .fwd_sm90 import EPS, USUAL, KdaFwdSm90
 from .gate import G_SCALE, LOG2_1P, LOG2_E
 
 ROWS = 32  # of values, in a block
@@ -32,9 +31,9 @@ SUMS = 1024  # bytes: S k and S q of the rows, from each warp's channels
 NUMBERS = 16  # bytes: of a token what q and k are multiplied with, q k, beta
 
 
-class KdaDecodeSm90(KdaFwdSm90):
+class KdaDecodeSm90:
     def __init__(self, config: KdaDecodeConfig):
-        self.config = config  # type: ignore[assignment]
+        self.config = config
         self.dtype, self.g_type = TYPES[config.dtype], TYPES[config.g_dtype]
         self.form = gate.Form(config.gate, config.g_dtype, config.K, tiles=None, rolled=False)
         self.keys = config.K // (32 if config.state_v_first else 16)  # channels of a lane
@@ -102,7 +101,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
         T, H, h_k = cute.size(mV.shape[1]), cute.size(mV.shape[2]), Int32(Int64(h) * of_group >> 31)
         start, tokens, b = schedule.sequence(cutlass.min(n, N - 1), cu_seqlens, flags, T)
-        place = self.pooled(cutlass.min(n, N - 1), Int32(1), state_indices, P)
+        place = state_io.pooled(cutlass.min(n, N - 1), Int32(1), state_indices, P)
         if n >= N:
             tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
@@ -113,7 +112,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
         self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
         beta_at = (Int64(b) * T + start) * H + h
-        raw_beta = self.load_beta(beta, beta_at, H, lane * 4 + warp, left, flags)
+        raw_beta = scalars.load_beta(beta, beta_at, H, lane * 4 + warp, left, flags)
         a_log, bias = self.gate_of(A_log, dt_bias, h, thread % K)
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
@@ -126,7 +125,7 @@ class KdaDecodeSm90(KdaFwdSm90):
                 left = cutlass.min(tokens - t, TOKENS)
                 # A shuffle stays where it is: what has been asked for is not waited for until here.
                 slope = gate.slope_of(self.form, ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)))
-                beta_t = self.beta(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
+                beta_t = scalars.beta_of(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
                 self.put(raw, tables, left, slope, ptx.as_f32(bias), lower_bound, thread)
@@ -135,7 +134,7 @@ class KdaDecodeSm90(KdaFwdSm90):
                 if left < tokens - t:
                     left = cutlass.min(tokens - t - TOKENS, TOKENS)
                     self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
-                    raw_beta = self.load_beta(beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags)
+                    raw_beta = scalars.load_beta(beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags)
             j, o = t % TOKENS, mO[b, start + t, h, None]
             if const_expr(self.config.state_v_first):
                 self.step(S, tables, j, o, part * ROWS, warp * WARP_ROWS, lane)
@@ -232,7 +231,7 @@ class KdaDecodeSm90(KdaFwdSm90):
                     qk[i * n + e] = x
             x = self.products(qk, lane)
             down = Float32(1.0)
-            if cute.arch.vote_ballot_sync((lane < 2) & (not (x < USUAL))) != 0:
+            if cute.arch.vote_ballot_sync((lane < 2) & (not (x < scalars.USUAL))) != 0:
                 down_q, down_k = self.power_below(qk, 0), self.power_below(qk, n)
                 for e in cutlass.range_constexpr(n):
                     qk[e] = qk[e] * down_q
@@ -243,7 +242,7 @@ class KdaDecodeSm90(KdaFwdSm90):
                 self.put_vector(tables[i] + at * 4, [qk[i * n + e] for e in range(n)])
             norm = 1.0 / down
             if (flags & L2NORM) != 0:
-                norm = ptx.rsqrt(ptx.fma(down * down, Float32(EPS), x))
+                norm = ptx.rsqrt(ptx.fma(down * down, Float32(scalars.EPS), x))
             b = cute.arch.shuffle_sync(beta, j // 4)
             if lane < 4:
                 x = cutlass.select_(lane < 2, norm * cutlass.select_(lane == 0, scale, Float32(1.0)), x)

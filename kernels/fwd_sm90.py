@@ -38,18 +38,12 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import chunk, fragments, gate, ptx, schedule, segments, state_io
+from . import chunk, fragments, gate, ptx, scalars, schedule, segments, state_io
 from .arguments import fake_tensors
 from .config import (
-    BETA_BF16,
-    BETA_FP16,
-    BETA_SIGMOID,
-    L2NORM,
     MAPS_BUILT,
-    NEG_EIGVAL,
     KdaFwdConfig,
 )
-from .gate import LOG2_E
 from .layout import (
     A_ROW,
     ANCHORS,
@@ -91,14 +85,9 @@ from .schedule import (
 )
 from .segments import EXACT, HANDED, NOT_NEEDED
 
-EPS = 1e-6  # of the l2 norm, as in fla
-
 # What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
 # guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
 FORGOTTEN = 2.0**-48
-# Squares of q and k above which products might overflow, even with one of 2^-x up to 2^97 in it.
-USUAL = 2.0**60
-SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
 
 
 def pipeline_of(config: KdaFwdConfig) -> Pipeline:
@@ -413,7 +402,7 @@ class KdaFwdSm90:
                     found = self.with_map(found, built)
                 if const_expr(self.config.checkpoints):
                     next_checkpoint = ptx.ldg_i32(first_checkpoints + Int64(found[5] // H) * 4)
-                found = *found[:5], self.pooled(found[5], H, state_indices, P), *found[6:]
+                found = *found[:5], state_io.pooled(found[5], H, state_indices, P), *found[6:]
             if nth > 0:
                 next_nh = found[5]
                 if (found[6] & ~(FINAL | HANDED_ON | COMPARED)) != 0:
@@ -428,17 +417,6 @@ class KdaFwdSm90:
         self.finish(
             count, segment, readers_end, tiles, raw_full, empty, stage, phase, n, work, settled, workspace, most_workers
         )
-
-    @cute.jit
-    def pooled(self, nh: Int32, H: Int32, state_indices: Int64, P: Int32):
-        """The number of a state in memory; -1 if it is not kept. Wrong indices give none."""
-        if state_indices != 0:
-            n = nh // H
-            i = ptx.ldg_i32(state_indices + Int64(n) * 4)
-            nh += (i - n) * H
-            if (i < 0) | (i >= P):
-                nh = Int32(-1)
-        return nh
 
     @cute.jit
     def with_map(self, found, built: Int32):
@@ -709,34 +687,6 @@ class KdaFwdSm90:
                 cute.arch.mbarrier_arrive(ready + stage)
             n = end
 
-    @cute.jit
-    def load_beta(self, address: Int64, start: Int64, H: Int32, token: Int32, tokens: Int32, flags: Int32) -> Uint32:
-        """beta of a token as it is in memory: touched as late as can be."""
-        x = Uint32(0)
-        if token < tokens:
-            index = start + Int64(token) * H
-            if (flags & (BETA_BF16 | BETA_FP16)) != 0:
-                x = ptx.ldg_u16(address + index * 2)
-            else:
-                x = ptx.ldg_u32(address + index * 4)
-        return x
-
-    @cute.jit
-    def beta(self, raw: Uint32, exists: Boolean, flags: Int32) -> Float32:
-        """beta, sigmoid(beta) or 2 sigmoid(beta); 0 behind the sequence's end."""
-        if (flags & BETA_BF16) != 0:
-            raw = raw << 16
-        x = ptx.as_f32(raw)
-        if (flags & BETA_FP16) != 0:
-            x = ptx.f16_lo(raw)
-        if (flags & BETA_SIGMOID) != 0:
-            x = ptx.rcp(1.0 + ptx.ex2(x * -LOG2_E))
-            if (flags & NEG_EIGVAL) != 0:
-                x = x * 2.0
-        if not exists:
-            x = Float32(0.0)
-        return x
-
     # ------------------------------------------------------------------ invert
 
     @cute.jit
@@ -760,26 +710,26 @@ class KdaFwdSm90:
             first, end = self.first_own(n, self.pipe.rank(), self.pipe.blocks), n + cute.ceil_div(tokens, C)
             beta_at = (Int64(b) * T + start - n * C) * H + h
             tokens += n * C  # from the block's first chunk on, as c
-            next_beta = self.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
+            next_beta = scalars.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
             for c in cutlass.range(first, end, self.pipe.blocks, unroll=1):
                 own = c // self.pipe.blocks
                 stage, slot = own % self.pipe.own_stages, own % SYSTEMS
                 system = sSystems + slot * SYSTEM
                 norm_at = sTables + stage * TABLES + NORM
                 raw_beta = next_beta
-                next_beta = self.load_beta(beta, beta_at, H, (c + self.pipe.blocks) * C + lane, tokens, flags)
+                next_beta = scalars.load_beta(beta, beta_at, H, (c + self.pipe.blocks) * C + lane, tokens, flags)
                 # what makes the stage's tables ours: `state` has left them, the loads have come
                 cute.arch.mbarrier_wait(raw_full + stage, own // self.pipe.own_stages & 1)
                 cute.arch.mbarrier_wait(a_full + slot, own // SYSTEMS & 1)
                 squares = system + SQUARES + lane * 4
                 k2 = ptx.lds_f32(squares)
-                rk, q2 = self.inverse_norm(k2, flags), Float32(0.0)
+                rk, q2 = scalars.inverse_norm(k2, flags), Float32(0.0)
                 if const_expr(self.pipe.queries):
                     q2 = ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4)
-                    ptx.sts_f32(norm_at + (C + lane) * 4, self.inverse_norm(q2, flags) * scale)
-                b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
+                    ptx.sts_f32(norm_at + (C + lane) * 4, scalars.inverse_norm(q2, flags) * scale)
+                b_i = scalars.beta_of(raw_beta, c * C + lane < tokens, flags)
                 # NaN, for `state` to find, where products might overflow
-                b_i = ptx.fma((k2 + q2) * float(2.0**128 / USUAL), Float32(0.0), b_i)
+                b_i = ptx.fma((k2 + q2) * float(2.0**128 / scalars.USUAL), Float32(0.0), b_i)
                 ptx.sts_f32(norm_at + lane * 4, rk)
                 ptx.sts_f32(squares, -rk * b_i)
                 if const_expr(self.config.neg_eigval):
@@ -849,13 +799,6 @@ class KdaFwdSm90:
                 x[i] = ptx.fma(column[i - j - 1], y, x[i])
             x[j] = x_j if self.config.neg_eigval else y * beta
         return x
-
-    @cute.jit
-    def inverse_norm(self, x2: Float32, flags: Int32) -> Float32:
-        r = Float32(1.0)
-        if (flags & L2NORM) != 0:
-            r = ptx.rsqrt(x2 + EPS)
-        return r
 
     # ------------------------------------------------------------------ state
 
@@ -1093,9 +1036,9 @@ class KdaFwdSm90:
             for i in cutlass.range(lane, K, 32, unroll=1):
                 k, q = Float32(mK[t, i, h_qk, b]), Float32(mQ[t, i, h_qk, b])
                 k2, q2 = ptx.fma(k, k, k2), ptx.fma(q, q, q2)
-                k, q = k * SMALLER, q * SMALLER
+                k, q = k * scalars.SMALLER, q * scalars.SMALLER
                 k2_small, q2_small = ptx.fma(k, k, k2_small), ptx.fma(q, q, q2_small)
-            k_norm, q_norm = self.norm_of(k2, k2_small, flags), self.norm_of(q2, q2_small, flags)
+            k_norm, q_norm = scalars.norm_of(k2, k2_small, flags), scalars.norm_of(q2, q2_small, flags)
             cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
             if thread < K:
                 k, q = Float32(mK[t, thread, h_qk, b]), Float32(mQ[t, thread, h_qk, b])
@@ -1104,8 +1047,8 @@ class KdaFwdSm90:
                 ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
                 ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
                 ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
-            raw = self.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
-            beta_t = self.beta(raw, True, flags)
+            raw = scalars.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
+            beta_t = scalars.beta_of(raw, True, flags)
             v = [Float32(mV[t, row + 8 * r, h, b]) for r in range(2)]
             cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
             sums = [Float32(0.0)] * 5  # S k and S q of both rows, k q
@@ -1125,17 +1068,6 @@ class KdaFwdSm90:
             if (lane % 4 == 0) & (t >= start):
                 for r in cutlass.range_constexpr(2):
                     mO[t, row + 8 * r, h, b] = ptx.fma(u[r], kq, sums[2 + r]).to(self.pipe.dtype)
-
-    @cute.jit
-    def norm_of(self, x2: Float32, x2_small: Float32, flags: Int32):
-        """Two factors of 1 / |x|, from a lane's part of |x|^2 and of |SMALLER x|^2; 1 and 1 if there is no norm."""
-        for i in cutlass.range_constexpr(5):
-            x2 = x2 + cute.arch.shuffle_sync_bfly(x2, 1 << i)
-            x2_small = x2_small + cute.arch.shuffle_sync_bfly(x2_small, 1 << i)
-        smaller, norm = Float32(1.0), self.inverse_norm(x2, flags)
-        if ((flags & L2NORM) != 0) & (not (x2 < 2.0**100)):
-            smaller, norm = Float32(SMALLER), ptx.rsqrt(x2_small)
-        return smaller, norm
 
     @cute.jit
     def stage_of(self, n: Int32):
