@@ -38,14 +38,13 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import chunk, fragments, gate, ptx, scalars, schedule, segments, state_io
+from . import chunk, fragments, gate, inverse, ptx, scalars, schedule, segments, state_io
 from .arguments import fake_tensors
 from .config import (
     MAPS_BUILT,
     KdaFwdConfig,
 )
 from .layout import (
-    A_ROW,
     ANCHORS,
     BOX,
     DECAY,
@@ -53,7 +52,6 @@ from .layout import (
     PAIR_BAR,
     SQUARES,
     STATE_BAR,
-    SUB,
     SYSTEM,
     SYSTEMS,
     TABLES,
@@ -694,15 +692,7 @@ class KdaFwdSm90:
         self, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, solved, a_full, a_empty,
         beta: Int64, scale: Float32, flags: Int32, H: Int32, T: Int32, work,
     ):  # fmt: skip
-        """One warp: T = diag(1/|k|) (I + A)^-1 diag(beta).
-
-        The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
-        multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor
-        cores, in bf16 high and low parts.
-
-        Rounding T's diagonal to bf16 is an error of every update. With beta up to 2, whose updates hardly forget, it
-        shows: there T is (I + A)^-1, bare, with ones on its diagonal, and `state` multiplies by the rest in fp32.
-        """
+        """One warp: T of each own chunk, and what else rows and columns of the chunk are multiplied with."""
         lane = cute.arch.lane_idx()
         n = Int32(0)
         for nth in cutlass.range(self.count(work), unroll=1):
@@ -721,84 +711,14 @@ class KdaFwdSm90:
                 # what makes the stage's tables ours: `state` has left them, the loads have come
                 cute.arch.mbarrier_wait(raw_full + stage, own // self.pipe.own_stages & 1)
                 cute.arch.mbarrier_wait(a_full + slot, own // SYSTEMS & 1)
-                squares = system + SQUARES + lane * 4
-                k2 = ptx.lds_f32(squares)
-                rk, q2 = scalars.inverse_norm(k2, flags), Float32(0.0)
-                if const_expr(self.pipe.queries):
-                    q2 = ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4)
-                    ptx.sts_f32(norm_at + (C + lane) * 4, scalars.inverse_norm(q2, flags) * scale)
-                b_i = scalars.beta_of(raw_beta, c * C + lane < tokens, flags)
-                # NaN, for `state` to find, where products might overflow
-                b_i = ptx.fma((k2 + q2) * float(2.0**128 / scalars.USUAL), Float32(0.0), b_i)
-                ptx.sts_f32(norm_at + lane * 4, rk)
-                ptx.sts_f32(squares, -rk * b_i)
-                if const_expr(self.config.neg_eigval):
-                    ptx.sts_f32(norm_at + (2 * C + lane) * 4, b_i)
+                exists = c * C + lane < tokens
+                b_i = inverse.scalars_of(self.pipe, system, norm_at, raw_beta, exists, scale, flags, lane)
                 cute.arch.sync_warp()
-                # lanes 0-15: T00, lanes 16-31: T11
-                block = lane // SUB * SUB
-                x = self.substitute(system, norm_at, block, lane - block, b_i)
-                cute.arch.sync_warp()
-                sT = ring + stage * self.pipe.tiles.size + self.pipe.tiles.at_t
-                for j in cutlass.range_constexpr(SUB):
-                    ptx.sts_f32(system + (block + j) * A_ROW + lane * 4, x[j])  # over A's diagonal blocks
-                cute.arch.sync_warp()
-                row, col = lane // 4, lane % 4 * 2
-                t11, t00, a10 = [], [], []
-                for e in cutlass.range_constexpr(4):  # operand registers: rows or columns 8 (e % 2), then 8 (e // 2)
-                    r, c8 = row + e % 2 * 8, col + e // 2 * 8
-                    t11.append(fragments.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
-                    a_ij = ptx.lds_f32x2(system + r * A_ROW + (SUB + c8) * 4)
-                    rk_i = ptx.lds_f32x2(norm_at + (SUB + c8) * 4)
-                    a_ij = a_ij[0] * rk_i[0], a_ij[1] * rk_i[1]
-                    if const_expr(self.config.neg_eigval):
-                        beta_i, rk_j = ptx.lds_f32x2(norm_at + (2 * C + SUB + c8) * 4), ptx.lds_f32(norm_at + r * 4)
-                        a_ij = a_ij[0] * beta_i[0] * rk_j, a_ij[1] * beta_i[1] * rk_j
-                    a10.append(fragments.high_low(a_ij))
-                    t_jc = system + c8 * A_ROW + r * 4
-                    t00.append(fragments.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
-                p = fragments.product(t11, a10)
-                p = [fragments.high_low((p[e // 2][e % 2 * 2], p[e // 2][e % 2 * 2 + 1])) for e in range(4)]
-                t10 = fragments.product(p, t00)
-                words = [[], [], [], []]
-                for e in cutlass.range_constexpr(4):
-                    r, c8 = row + e % 2 * 8, col + e // 2 * 8
-                    t = system + r * A_ROW + c8 * 4
-                    words[0].append(ptx.pack_bf16(*ptx.lds_f32x2(t)))
-                    words[1].append(Uint32(0))
-                    words[2].append(ptx.pack_bf16(-t10[e // 2][e % 2 * 2], -t10[e // 2][e % 2 * 2 + 1]))
-                    words[3].append(t11[e][0])
-                for i in cutlass.range_constexpr(4):
-                    fragments.store_tile(sT, i // 2, i % 2, words[i], lane)
+                inverse.of_chunk(self.pipe, system, norm_at, ring, stage, b_i, lane)
                 cute.arch.fence_view_async_shared()
                 cute.arch.mbarrier_arrive(a_empty + slot)
                 cute.arch.mbarrier_arrive(solved + stage)
             n = end
-
-    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32, beta: Float32):
-        """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i,
-        times beta |k_j|^-1 unless T is bare. Loads are a step ahead."""
-
-        def operands(j):
-            at = system + (block + j) * A_ROW + block * 4
-            column = [x for i in range((j + 1) // 4 * 4, SUB, 4) for x in ptx.lds_f32x4(at + i * 4)]
-            return (
-                ptx.lds_f32(system + SQUARES + (block + j) * 4), ptx.lds_f32(norm_at + (block + j) * 4),
-                column[(j + 1) % 4 :],
-            )  # fmt: skip
-
-        x = [Float32(0.0)] * SUB
-        ahead = operands(0)
-        for j in range(SUB):
-            factor, rk, column = ahead
-            if j + 1 < SUB:
-                ahead = operands(j + 1)
-            x_j = ptx.fma(x[j], factor, fragments.delta(unit, j))
-            y = x_j * rk
-            for i in range(j + 1, SUB):
-                x[i] = ptx.fma(column[i - j - 1], y, x[i])
-            x[j] = x_j if self.config.neg_eigval else y * beta
-        return x
 
     # ------------------------------------------------------------------ state
 
