@@ -25,7 +25,7 @@ from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .fwd_sm90 import FORGOTTEN, KdaFwdSm90
 from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
 from .pipeline import Pipeline, g_boxes, v_boxes
-from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, COMPARED, PLAN, SEGMENT, SPAN
+from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, PLAN, SPAN, Fate
 
 ROWS = 16  # of the state, in a block of `chain`
 # Above, products and sums of the chunks in between may overflow where those with a map of all of them do not, and what
@@ -210,7 +210,7 @@ class KdaBuildSm90(KdaFwdSm90):
             _, start, tokens, h, b, _, fate, span, _ = schedule.find_piece(
                 ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
             )
-            if (fate & COMPARED) != 0:
+            if (fate & Fate.COMPARED) != 0:
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
                 if worker + 1 + nth <= span // SPAN:
@@ -426,12 +426,12 @@ class KdaBuildSm90(KdaFwdSm90):
             cute.arch.sync_threads()
             begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
             if begin < end:
-                numbers = schedule.find_piece(
+                piece = schedule.find_piece(
                     end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
                 )
-                nh, fate, last = state_io.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN
+                nh, fate, last = state_io.pooled(piece.nh, H, state_indices, P), piece.fate, piece.span // SPAN
                 any_given = Int32(0)
-                if (fate & (COMPARED | SEGMENT)) == COMPARED:
+                if (fate & (Fate.COMPARED | Fate.SEGMENT)) == Fate.COMPARED:
                     for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
                         any_given |= ptx.ldg_i32(segments.map_word(workspace, workers, i))
                 if ptx.uniform(any_given) > 0:

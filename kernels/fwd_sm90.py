@@ -61,25 +61,19 @@ from .layout import (
 )
 from .pipeline import Pipeline, g_boxes, v_boxes
 from .schedule import (
-    AGAIN,
     AT_COUNT,
     AT_END,
     AT_GUESSED,
     AT_PIECES,
     AT_SEGMENT,
     AT_WARM_UP,
-    BUILT,
-    COMPARED,
-    FINAL,
-    HANDED_ON,
-    KEPT,
     PIECE,
     PIECES,
     PLAN,
-    SEGMENT,
     SPAN,
-    TAKEN_OVER,
-    WARM_UP,
+    Entry,
+    Fate,
+    Piece,
 )
 from .segments import EXACT, HANDED, NOT_NEEDED
 
@@ -318,8 +312,7 @@ class KdaFwdSm90:
 
     @cute.jit
     def piece(self, nth: Int32, work):
-        """A piece as `load` lists it: (first token, tokens, head, batch, number of the state, what becomes of it,
-        number of the next initial state or -1, workers that have pieces of the item)."""
+        """A piece as `load` lists it."""
         sPlan, listed, taken = work
         at = sPlan + AT_PIECES + nth % PIECES * PIECE
         cute.arch.mbarrier_wait(listed + nth % PIECES, nth // PIECES & 1)
@@ -327,7 +320,7 @@ class KdaFwdSm90:
         if const_expr(self.config.checkpoints):
             numbers += ptx.lds_i32x4(at + 32)[:2]
         cute.arch.mbarrier_arrive(taken + nth % PIECES)
-        return tuple(ptx.uniform(x) for x in numbers)
+        return Entry(*(ptx.uniform(x) for x in numbers))
 
     @cute.jit
     def clear(self, target, t: Int32):
@@ -383,75 +376,74 @@ class KdaFwdSm90:
         if const_expr(self.pipe.blocks == 1):
             if (segment != 0) & ((flags & MAPS_BUILT) != 0):
                 built = ptx.uniform(ptx.ldg_i32(segments.map_word(workspace, most_workers, self.pipe.worker()[0])))
-        count, at = self.count(work) - segment, ptx.lds_i32(sPlan + AT_END)
-        start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
-        skipped, checkpoint = Int32(0), Int32(0)  # the first checkpoint of the sequence
+        count = self.count(work) - segment
+        piece = Piece(ptx.lds_i32(sPlan + AT_END), *(Int32(0) for _ in range(8)))  # there is none before the first
+        checkpoint = Int32(0)  # the first one of the sequence
         readers_end = Int32(0)  # of what there is to tell about the first piece of an item
         for nth in cutlass.range(count + 1, unroll=1):
             # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
-            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0), Int32(0), Int32(0)
+            found = Piece.none(piece.next_at)
             next_checkpoint = Int32(0)
             if nth < count:
                 last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
                 found = schedule.find_piece(
-                    at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.pipe.worker()
+                    piece.next_at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.pipe.worker()
                 )
                 if const_expr(self.pipe.blocks == 1):
                     found = self.with_map(found, built)
                 if const_expr(self.config.checkpoints):
-                    next_checkpoint = ptx.ldg_i32(first_checkpoints + Int64(found[5] // H) * 4)
-                found = *found[:5], state_io.pooled(found[5], H, state_indices, P), *found[6:]
+                    next_checkpoint = ptx.ldg_i32(first_checkpoints + Int64(found.nh // H) * 4)
+                found = found._replace(nh=state_io.pooled(found.nh, H, state_indices, P))
             if nth > 0:
-                next_nh = found[5]
-                if (found[6] & ~(FINAL | HANDED_ON | COMPARED)) != 0:
+                next_nh = found.nh
+                if (found.fate & ~(Fate.FINAL | Fate.HANDED_ON | Fate.COMPARED)) != 0:
                     next_nh = Int32(-1)
-                if (fate & (COMPARED | SEGMENT)) == COMPARED:
-                    readers_end = span // SPAN + 1
-                numbers = start, tokens, h, b, nh, fate, next_nh, span, skipped, checkpoint
-                self.list_piece(nth - 1, numbers, work)
-            stage, phase, n = self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
-            at, start, tokens, h, b, nh, fate, span, skipped = found
-            checkpoint = next_checkpoint
+                if (piece.fate & (Fate.COMPARED | Fate.SEGMENT)) == Fate.COMPARED:
+                    readers_end = piece.span // SPAN + 1
+                entry = Entry(*piece[1:7], next_nh, *piece[7:], checkpoint)
+                self.list_piece(nth - 1, entry, work)
+            stage, phase, n = self.load_piece(tiles, raw_full, empty, piece, stage, phase, n)
+            piece, checkpoint = found, next_checkpoint
         self.finish(
             count, segment, readers_end, tiles, raw_full, empty, stage, phase, n, work, settled, workspace, most_workers
         )
 
     @cute.jit
-    def with_map(self, found, built: Int32):
+    def with_map(self, found: Piece, built: Int32) -> Piece:
         """A segment that begins with the state that its item's maps give does not warm up."""
-        next_at, start, tokens, h, b, nh, fate, span, skipped = found
+        tokens, fate = found.tokens, found.fate
         if built == 1:
-            if (fate & WARM_UP) != 0:
+            if (fate & Fate.WARM_UP) != 0:
                 tokens = Int32(0)
-            if (fate & SEGMENT) != 0:
-                fate |= BUILT
-        return next_at, start, tokens, h, b, nh, fate, span, skipped
+            if (fate & Fate.SEGMENT) != 0:
+                fate |= Fate.BUILT
+        return found._replace(tokens=tokens, fate=fate)
 
     @cute.jit
-    def list_piece(self, nth: Int32, numbers, work):
+    def list_piece(self, nth: Int32, entry: Entry, work):
         sPlan, listed, taken = work
         slot = nth % PIECES
         cute.arch.mbarrier_wait(taken + slot, nth // PIECES & 1 ^ 1)
         with cute.arch.elect_one():
             to = sPlan + AT_PIECES + slot * PIECE
-            ptx.sts_i32x4(to, numbers[:4])
-            ptx.sts_i32x4(to + 16, numbers[4:8])
+            ptx.sts_i32x4(to, entry[:4])
+            ptx.sts_i32x4(to + 16, entry[4:8])
             if const_expr(self.config.checkpoints):
-                ptx.sts_i32x4(to + 32, numbers[8:] * 2)
+                ptx.sts_i32x4(to + 32, entry[8:] * 2)
             cute.arch.mbarrier_arrive(listed + slot)
 
     @cute.jit
     def load_piece(
-        self, tiles, raw_full, empty, start: Int32, tokens: Int32, h: Int32, b: Int32, stage: Int32, phase: Int32,
-        n: Int32,
+        self, tiles, raw_full, empty, piece: Piece | Entry, stage: Int32, phase: Int32, n: Int32
     ):  # fmt: skip
+        start, h, b = piece.start, piece.h, piece.b
         (q_tma, mQ, bKQ), (k_tma, mK, _), (v_tma, mV, bV), (g_tma, mG, bG) = tiles
         vs, h_qk = self.pipe.rank(), h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
         sK_, gK = self.boxes_of(k_tma, mK[None, None, h_qk, b], start, 64, bKQ)
         sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h_qk, b], start, 64, bKQ)
         sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
         sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.pipe.g_boxes, bG)
-        chunks = cute.ceil_div(tokens, C)
+        chunks = cute.ceil_div(piece.tokens, C)
         for c in cutlass.range(self.first_own(n, vs, self.pipe.blocks) - n, chunks, self.pipe.blocks, unroll=1):
             cute.arch.mbarrier_wait(empty + stage, phase)
             bar, g_boxes = raw_full + stage, self.pipe.g_boxes * self.pipe.k_boxes // 2
@@ -493,16 +485,17 @@ class KdaFwdSm90:
             checkpoint = ptx.lds_i32x4(at + 32)[:2]
             nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
             again, not_needed = segments.judge(self.pipe.team, workspace, most_workers, sPlan, settled[0], span, fate)
-            handed_on = (fate & HANDED_ON) != 0
-            fate = fate & (HANDED_ON | COMPARED)
+            handed_on = (fate & Fate.HANDED_ON) != 0
+            fate = fate & (Fate.HANDED_ON | Fate.COMPARED)
             if not handed_on:
-                fate = Int32(FINAL)
+                fate = Int32(Fate.FINAL)
             if again != 0:
-                fate |= AGAIN
+                fate |= Fate.AGAIN
             else:
-                fate, tokens = KEPT | (fate & FINAL), Int32(0)
-            self.list_piece(count, (start, tokens, h, b, nh, fate, next_nh, span, *checkpoint), work)
-            self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
+                fate, tokens = Fate.KEPT | (fate & Fate.FINAL), Int32(0)
+            entry = Entry(start, tokens, h, b, nh, fate, next_nh, span, *checkpoint)
+            self.list_piece(count, entry, work)
+            self.load_piece(tiles, raw_full, empty, entry, stage, phase, n)
             if not_needed != 0:
                 if handed_on:
                     cute.arch.mbarrier_wait(settled[1], 0)
@@ -774,40 +767,40 @@ class KdaFwdSm90:
 
         vs = self.pipe.rank() + wg  # of 64 value rows
         for nth in cutlass.range(self.count(work), unroll=1):
-            numbers = self.piece(nth, work)
-            start, tokens, h, b, nh, fate, next_nh, span = numbers[:8]
-            kept = (*numbers[8:], every, checkpoints)
+            piece = self.piece(nth, work)
+            start, tokens, h, b, nh, fate = piece[:6]
+            kept = piece.skipped, piece.checkpoint, every, checkpoints
             chunks = cute.ceil_div(tokens, C)
             place = workspace, most_workers, wg, thread
-            guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN)
-            if (fate & SEGMENT) != 0:
+            guessed, source = Boolean(False), fate & (Fate.TAKEN_OVER | Fate.AGAIN)
+            if (fate & Fate.SEGMENT) != 0:
                 guessed = ptx.all_of(forget < FORGOTTEN, STATE_BAR + wg)
-                source = Int32(TAKEN_OVER)
+                source = Int32(Fate.TAKEN_OVER)
                 if guessed:
                     source = Int32(0)
                     segments.note(acc_s, work[0], 1, wg * 4 + warp, lane)
                 if const_expr(self.pipe.blocks == 1):
-                    if (fate & BUILT) != 0:
-                        guessed, source = Boolean(True), Int32(BUILT)
+                    if (fate & Fate.BUILT) != 0:
+                        guessed, source = Boolean(True), Int32(Fate.BUILT)
             if source != 0:
-                if (warp == 0) & ((fate & AGAIN) != 0):
+                if (warp == 0) & ((fate & Fate.AGAIN) != 0):
                     cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
                 segments.take(self.pipe.team, acc_s, place, source)
-            elif (fate & (SEGMENT | KEPT)) == 0:
+            elif (fate & (Fate.SEGMENT | Fate.KEPT)) == 0:
                 whence = initial_state
-                if ((fate & WARM_UP) != 0) | (nh < 0):
+                if ((fate & Fate.WARM_UP) != 0) | (nh < 0):
                     whence = Int64(0)
                 state_io.load(acc_s, self.config, whence, nh, vs, flags)
-            state_io.prefetch(self.config, initial_state, next_nh, vs, flags)
+            state_io.prefetch(self.config, initial_state, piece.next_nh, vs, flags)
             forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
             written = tokens  # of o
-            if (fate & WARM_UP) != 0:
+            if (fate & Fate.WARM_UP) != 0:
                 written = Int32(0)
             sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
             for c in cutlass.range(chunks, unroll=1):
                 if const_expr(self.config.checkpoints):
-                    before, first = numbers[8] + c, numbers[9]
-                    if (before % every == 0) & ((fate & WARM_UP) == 0):
+                    before, first = piece.skipped + c, piece.checkpoint
+                    if (before % every == 0) & ((fate & Fate.WARM_UP) == 0):
                         state_io.store_checkpoint(
                             acc_s, self.config, checkpoints, (first + before // every) * H + h, vs, flags
                         )
@@ -824,7 +817,7 @@ class KdaFwdSm90:
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
-                if (fate & WARM_UP) != 0:
+                if (fate & Fate.WARM_UP) != 0:
                     forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
@@ -886,16 +879,16 @@ class KdaFwdSm90:
                     self.store_tail(o_row + buf * BOX, mO, start + c * C, written - c * C, h, b, vs, thread)
                 buf ^= 1
                 n += 1
-            if (fate & WARM_UP) != 0:
+            if (fate & Fate.WARM_UP) != 0:
                 ptx.sts_i32(work[0] + AT_WARM_UP, start)
             elif not ptx.all_of(self.is_finite(acc_s), STATE_BAR + wg):
-                if (fate & KEPT) == 0:
+                if (fate & Fate.KEPT) == 0:
                     if warp == 0:
                         cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
                     begin = start
                     if source != 0:
                         segments.read(self.pipe.team, acc_s, place, source)
-                    elif (fate & SEGMENT) != 0:  # which has guessed
+                    elif (fate & Fate.SEGMENT) != 0:  # which has guessed
                         begin = ptx.lds_i32(work[0] + AT_WARM_UP)
                         state_io.load(acc_s, self.config, Int64(0), nh, vs, flags)
                     else:
@@ -904,16 +897,16 @@ class KdaFwdSm90:
                             whence = Int64(0)
                         state_io.load(acc_s, self.config, whence, nh, vs, flags)
                     self.token_by_token(acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept)
-            if (fate & (COMPARED | AGAIN)) == COMPARED:
+            if (fate & (Fate.COMPARED | Fate.AGAIN)) == Fate.COMPARED:
                 segments.note(acc_s, work[0], 0, wg * 4 + warp, lane)
-            if (fate & SEGMENT) != 0:
+            if (fate & Fate.SEGMENT) != 0:
                 if lane == 0:
                     if (wg == 0) & (warp == 0):
                         ptx.sts_i32(work[0] + AT_GUESSED, Int32(guessed))
                     cute.arch.mbarrier_arrive(settled[0])
-            if (fate & HANDED_ON) != 0:
+            if (fate & Fate.HANDED_ON) != 0:
                 segments.hand_on(self.pipe.team, acc_s, place, fate, guessed, settled[1])
-            if ((fate & FINAL) != 0) & (nh >= 0):
+            if ((fate & Fate.FINAL) != 0) & (nh >= 0):
                 state_io.store(acc_s, self.config, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
