@@ -358,9 +358,9 @@ class KdaBuildSm90(KdaFwdSm90):
                 if not is_own:
                     prepared, inverted = raw_full + stage, gated + stage
                 cute.arch.mbarrier_wait(prepared, phase)
-                self.to_operand(acc_s, fS)
+                fragments.to_operand(acc_s, fS)
                 warpgroup.fence()
-                self.gemm(mma_k, acc_r, fS, bK[None, None, None, stage], True)
+                fragments.gemm(mma_k, acc_r, fS, bK[None, None, None, stage], True)
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
@@ -376,18 +376,18 @@ class KdaBuildSm90(KdaFwdSm90):
                         r[e] = ptx.fma(-acc_r[e], rk[0], w[0])
                         r[e + 1] = ptx.fma(-acc_r[e + 1], rk[1], w[1])
                 if const_expr(self.config.neg_eigval):
-                    self.scale_columns(r, norm_at + 2 * C * 4)
-                self.to_operand(r, fU)
+                    fragments.scale_columns(r, norm_at + 2 * C * 4)
+                fragments.to_operand(r, fU)
                 warpgroup.fence()
-                self.gemm(mma_k, acc_u, fU, bT[None, None, None, stage], True)
+                fragments.gemm(mma_k, acc_u, fU, bT[None, None, None, stage], True)
                 warpgroup.commit_group()
-                self.scale_columns(acc_s, decay_at)
+                fragments.scale_columns(acc_s, decay_at)
                 warpgroup.wait_group(0)
                 if const_expr(self.config.neg_eigval):
-                    self.scale_columns(acc_u, norm_at)
-                self.to_operand(acc_u, fU)
+                    fragments.scale_columns(acc_u, norm_at)
+                fragments.to_operand(acc_u, fU)
                 warpgroup.fence()
-                self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
+                fragments.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
                 warpgroup.commit_group()
                 warpgroup.wait_group(0)
                 cute.arch.mbarrier_arrive(empty + stage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import warpgroup
 
 from . import ptx
 from .layout import SUB
@@ -71,3 +72,30 @@ def store_tile(base: Int32, i: int, j: int, words, lane: Int32) -> None:
 @cute.jit
 def delta(i: Int32, j: cutlass.Constexpr[int]) -> Float32:
     return Float32(1.0) if i == j else Float32(0.0)
+
+
+def gemm(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
+    """acc += a b, or a b if `clear`: WGMMA with operand A in registers, B in shared memory."""
+    for k in range(cute.size(a, mode=[2])):
+        mma.set(warpgroup.Field.ACCUMULATE, Boolean(not clear or k > 0))
+        cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
+
+
+def fill(frag: cute.Tensor, regs) -> None:
+    """Registers -> a fragment."""
+    words = cute.recast_tensor(frag, Uint32)
+    for i, r in enumerate(regs):
+        words[i] = r
+
+
+def to_operand(acc: cute.Tensor, frag: cute.Tensor) -> None:
+    """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
+    fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
+
+
+def scale_columns(acc: cute.Tensor, at: Int32) -> None:
+    """Each column of accumulators, a token or a channel, times its number in the table at `at`."""
+    for n8 in range(cute.size(acc) // 4):
+        s = ptx.lds_f32x2(at + n8 * 32)
+        for i in range(4):
+            acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]

@@ -38,7 +38,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import chunk, fragments, gate, inverse, ptx, scalars, schedule, segments, state_io
+from . import chunk, fragments, gate, inverse, ptx, recurrence, scalars, schedule, segments, state_io
 from .arguments import fake_tensors
 from .config import (
     MAPS_BUILT,
@@ -810,10 +810,10 @@ class KdaFwdSm90:
                     if not is_own:
                         prepared, inverted = raw_full + stage, gated + stage
                 cute.arch.mbarrier_wait(prepared, phase)
-                self.to_operand(acc_s, fS)
+                fragments.to_operand(acc_s, fS)
                 # [Kd S^T | Qd S^T]^T
                 warpgroup.fence()
-                self.gemm(mma_ks, acc_ro, fS, bKQ[None, None, None, stage], True)
+                fragments.gemm(mma_ks, acc_ro, fS, bKQ[None, None, None, stage], True)
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
@@ -832,25 +832,25 @@ class KdaFwdSm90:
                         r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
                         r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
                 if const_expr(self.config.neg_eigval):
-                    self.scale_columns(r, norm_at + 2 * C * 4)
+                    fragments.scale_columns(r, norm_at + 2 * C * 4)
                 # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
                 for e in cutlass.range_constexpr(C // 2):
                     acc_o[e] = acc_ro[C // 2 + e]
-                self.to_operand(r, fU)
+                fragments.to_operand(r, fU)
                 # U = T R
                 warpgroup.fence()
-                self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
+                fragments.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
                 warpgroup.commit_group()
-                self.scale_columns(acc_s, decay_at)
+                fragments.scale_columns(acc_s, decay_at)
                 warpgroup.wait_group(0)
                 if const_expr(self.config.neg_eigval):
-                    self.scale_columns(acc_u, norm_at)
-                self.to_operand(acc_u, fU)
+                    fragments.scale_columns(acc_u, norm_at)
+                fragments.to_operand(acc_u, fU)
                 # O += M U, then S += U^T Kr behind it
                 warpgroup.fence()
-                self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
+                fragments.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
                 warpgroup.commit_group()
-                self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
+                fragments.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
                 o, pack = [], ptx.pack_bf16 if self.pipe.dtype is BFloat16 else ptx.pack_f16
@@ -881,7 +881,7 @@ class KdaFwdSm90:
                 n += 1
             if (fate & Fate.WARM_UP) != 0:
                 ptx.sts_i32(work[0] + AT_WARM_UP, start)
-            elif not ptx.all_of(self.is_finite(acc_s), STATE_BAR + wg):
+            elif not ptx.all_of(recurrence.is_finite(acc_s), STATE_BAR + wg):
                 if (fate & Fate.KEPT) == 0:
                     if warp == 0:
                         cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
@@ -896,7 +896,9 @@ class KdaFwdSm90:
                         if nh < 0:
                             whence = Int64(0)
                         state_io.load(acc_s, self.config, whence, nh, vs, flags)
-                    self.token_by_token(acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept)
+                    recurrence.token_by_token(
+                        self.pipe, acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept
+                    )
             if (fate & (Fate.COMPARED | Fate.AGAIN)) == Fate.COMPARED:
                 segments.note(acc_s, work[0], 0, wg * 4 + warp, lane)
             if (fate & Fate.SEGMENT) != 0:
@@ -910,78 +912,6 @@ class KdaFwdSm90:
                 state_io.store(acc_s, self.config, final_state, nh, vs, flags)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def is_finite(self, acc: cute.Tensor) -> Boolean:
-        """Whether a lane's numbers are neither infinite nor NaN: 0 times them is 0."""
-        zeros = [Float32(0.0)] * 4
-        for i in range(64):
-            zeros[i % 4] = ptx.fma(acc[i], Float32(0.0), zeros[i % 4])
-        return (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]) == 0.0
-
-    @cute.jit
-    def token_by_token(
-        self, acc: cute.Tensor, inputs, mO: cute.Tensor, begin: Int32, start: Int32, tokens: Int32, h: Int32, b: Int32,
-        wg: Int32, scratch: Int32, flags: Int32, kept,
-    ):  # fmt: skip
-        """A piece by the definition, in fp32, from what is in global memory: some twenty times slower. o from `start`.
-
-        A lane has two rows of S, every fourth pair of channels. What a token does to a channel is made by a thread for
-        all rows, in shared memory. Where squares overflow, those of smaller numbers are taken.
-        """
-        mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound = inputs
-        K, h, b, thread = self.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
-        H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
-        h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32
-        row, col = (self.pipe.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
-        slope, shift = gate.slope_of_head(self.pipe.form, A_log, h)
-        bias = Float32(0.0)
-        if (dt_bias != 0) & (thread < K):
-            bias = fragments.global_f32(dt_bias, Int64(h * K + thread))
-        bias = gate.bias(self.pipe.form, slope, shift, bias)
-        for t in cutlass.range(begin, start + tokens, unroll=1):
-            if const_expr(self.config.checkpoints):
-                before, first, every, states = kept
-                c = before + (t - start) // C
-                if (t >= start) & ((t - start) % C == 0) & (c % every == 0):
-                    state_io.store_checkpoint(
-                        acc, self.config, states, (first + c // every) * H + h, self.pipe.rank() + wg, flags
-                    )
-            k2, q2, k2_small, q2_small = (Float32(0.0) for _ in range(4))
-            for i in cutlass.range(lane, K, 32, unroll=1):
-                k, q = Float32(mK[t, i, h_qk, b]), Float32(mQ[t, i, h_qk, b])
-                k2, q2 = ptx.fma(k, k, k2), ptx.fma(q, q, q2)
-                k, q = k * scalars.SMALLER, q * scalars.SMALLER
-                k2_small, q2_small = ptx.fma(k, k, k2_small), ptx.fma(q, q, q2_small)
-            k_norm, q_norm = scalars.norm_of(k2, k2_small, flags), scalars.norm_of(q2, q2_small, flags)
-            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-            if thread < K:
-                k, q = Float32(mK[t, thread, h_qk, b]), Float32(mQ[t, thread, h_qk, b])
-                a = gate.factor(self.pipe.form, Float32(mG[t, thread, h, b]), slope, bias)
-                a = a * gate.log2_of_factor(self.pipe.form, lower_bound)
-                ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
-                ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
-                ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
-            raw = scalars.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
-            beta_t = scalars.beta_of(raw, True, flags)
-            v = [Float32(mV[t, row + 8 * r, h, b]) for r in range(2)]
-            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-            sums = [Float32(0.0)] * 5  # S k and S q of both rows, k q
-            for i in cutlass.range_constexpr(K // 8):
-                a, k, q = (ptx.lds_f32x2(scratch + (x * D + 8 * i + col) * 4) for x in range(3))
-                for j in cutlass.range_constexpr(4):
-                    acc[4 * i + j] = acc[4 * i + j] * a[j % 2]
-                    sums[j // 2] = ptx.fma(acc[4 * i + j], k[j % 2], sums[j // 2])
-                    sums[2 + j // 2] = ptx.fma(acc[4 * i + j], q[j % 2], sums[2 + j // 2])
-                sums[4] = ptx.fma(k[1], q[1], ptx.fma(k[0], q[0], sums[4]))
-            *sums, kq = [fragments.quad_sum(x) for x in sums]
-            u = [beta_t * (v[r] - sums[r]) for r in range(2)]
-            for i in cutlass.range_constexpr(K // 8):
-                k = ptx.lds_f32x2(scratch + (D + 8 * i + col) * 4)
-                for j in cutlass.range_constexpr(4):
-                    acc[4 * i + j] = ptx.fma(u[j // 2], k[j % 2], acc[4 * i + j])
-            if (lane % 4 == 0) & (t >= start):
-                for r in cutlass.range_constexpr(2):
-                    mO[t, row + 8 * r, h, b] = ptx.fma(u[r], kq, sums[2 + r]).to(self.pipe.dtype)
-
     @cute.jit
     def stage_of(self, n: Int32):
         """(stage, phase, whether this block prepares it) of the n-th chunk."""
@@ -992,27 +922,6 @@ class KdaFwdSm90:
             if not is_own:
                 stage, phase = Int32(S), m & 1
         return stage, phase, is_own
-
-    def gemm(self, mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
-        for k in range(cute.size(a, mode=[2])):
-            mma.set(warpgroup.Field.ACCUMULATE, Boolean(not clear or k > 0))
-            cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
-
-    def fill(self, frag: cute.Tensor, regs) -> None:
-        words = cute.recast_tensor(frag, Uint32)
-        for i, r in enumerate(regs):
-            words[i] = r
-
-    def to_operand(self, acc: cute.Tensor, frag: cute.Tensor) -> None:
-        """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
-        self.fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
-
-    def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
-        """Each column of accumulators, a token or a channel, times its number in the table at `at`."""
-        for n8 in range(cute.size(acc) // 4):
-            s = ptx.lds_f32x2(at + n8 * 32)
-            for i in range(4):
-                acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]
 
     @cute.jit
     def store_tail(
