@@ -4,12 +4,14 @@ What the chunks of a segment do to a state is S -> S M + C. M is what they make 
 they make of no state. `build` finds both, in one pass over the chunks: a cluster of two blocks, each with 64 rows of M
 and 64 of C, which prepare every other chunk for both, as in the forward kernel with two blocks for a head. `chain` then
 goes from segment to segment, S_i = S_(i-1) M_(i-1) + C_(i-1), in fp32. A segment whose gates forget what came before
-guesses (see fwd_sm90): for those nothing is built.
+guesses (see roles_state): for those nothing is built.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -19,12 +21,11 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import chunk, fragments, gate, ptx, schedule, segments, state_io
+from . import chunk, fragments, gate, pipeline, ptx, roles_cluster, roles_prepare, schedule, segments, state_io
 from .arguments import fake_tensors
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
-from .fwd_sm90 import FORGOTTEN, KdaFwdSm90
 from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
-from .pipeline import Pipeline, g_boxes, v_boxes
+from .pipeline import Barriers, Pipeline, Shared, g_boxes, v_boxes
 from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, PLAN, SPAN, Fate
 
 ROWS = 16  # of the state, in a block of `chain`
@@ -36,13 +37,40 @@ MODERATE = 2.0**40
 def pipeline_of(config: KdaBuildConfig) -> Pipeline:
     tiles = Stage.of(g_boxes(config), v_boxes(config), queries=False)
     return Pipeline(
-        config, tiles, threads=640, pairs=2, gate_warps=2, state_wgs=2, queries=False, gates_rolled=True
+        config, tiles, threads=640, prepare_wgs=1, pairs=2, gate_warps=2, state_wgs=2, queries=False, gates_rolled=True,
+        lists=False,
     )  # fmt: skip
 
 
-class KdaBuildSm90(KdaFwdSm90):
+class Segment(NamedTuple):
+    """A piece whose maps are needed."""
+
+    start: Int32  # first token
+    tokens: Int32
+    h: Int32
+    b: Int32
+    worker: Int32  # whose it is
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The pieces that `choose` lists, the same in both blocks: up to two, in shared memory."""
+
+    at: Int32
+
+    def count(self) -> Int32:
+        return ptx.uniform(ptx.lds_i32(self.at + 128))
+
+    @cute.jit
+    def piece(self, nth: Int32) -> Segment:
+        at = self.at + nth * 32
+        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
+        return Segment(*(ptx.uniform(x) for x in numbers[:5]))
+
+
+class KdaBuildSm90:
     def __init__(self, config: KdaBuildConfig):
-        self.config, self.pipe = config, pipeline_of(config)  # type: ignore[assignment]
+        self.config, self.pipe = config, pipeline_of(config)
         # to share out are the 96 a lane that 640 threads get at their launch
         self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 40, 64, 88, 144
 
@@ -115,23 +143,23 @@ class KdaBuildSm90(KdaFwdSm90):
         beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32, workers: Int32,
         lower_bound: Float32, flags: Int32, mma_k: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
-        S = self.pipe.stages
+        pipe = self.pipe
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
 
         def table(size, align=128):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        ring = table(self.pipe.tiles.size * S, 1024)
-        sTables = table(TABLES * S).toint()
+        ring = table(pipe.tiles.size * pipe.stages, 1024)
+        sTables = table(TABLES * pipe.stages).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(2 * PLAN).toint()
         sList = table(6 * 32).toint()
-        sBias = table(256 * 2 * self.pipe.pairs).toint()
-        sLower = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
-        bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
-        raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
-        a_full, a_empty, left = bars + 5 * S, bars + 5 * S + SYSTEMS, bars + 5 * S + 2 * SYSTEMS
+        sBias = table(256 * 2 * pipe.pairs).toint()
+        triangle = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
+        bars = smem.allocate_tensor(Int64, cute.make_layout(pipe.barriers), byte_alignment=8).iterator
+        bars = Barriers.at(pipe, bars)
+        shared = Shared(ring, sTables, sSystems, sBias, triangle, bars)
         H, T = cute.size(g.shape[2]), cute.size(g.shape[0])
         first = cute.arch.block_idx()[0] // 2 * 2  # of this cluster's two workers
         for i in cutlass.range_constexpr(2):
@@ -140,20 +168,11 @@ class KdaBuildSm90(KdaFwdSm90):
         self.choose(
             g, sPlan, sList, first, items, H, T, A_log, dt_bias, cu_seqlens, workspace, workers, lower_bound, flags
         )
-        work = (sList, sList)
-        if self.count(work) > 0:  # the same in both blocks
+        work, gate_inputs = Chosen(sList), gate.Inputs(A_log, dt_bias, lower_bound)
+        if work.count() > 0:  # the same in both blocks
             if warp == 0:
                 with cute.arch.elect_one():
-                    for s in cutlass.range_constexpr(S):
-                        cute.arch.mbarrier_init(raw_full + s, 1)
-                        cute.arch.mbarrier_init(gated + s, 64 if s < self.pipe.own_stages else 32)  # `gates`, `fetch`
-                        cute.arch.mbarrier_init(ready + s, 64)
-                        cute.arch.mbarrier_init(solved + s, 32)
-                        cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.pipe.own_stages else 0))
-                    cute.arch.mbarrier_init(left, 8)
-                    for i in cutlass.range_constexpr(SYSTEMS):
-                        cute.arch.mbarrier_init(a_full + i, 64)
-                        cute.arch.mbarrier_init(a_empty + i, 32)
+                    bars.init(pipe)
                 cute.arch.mbarrier_init_fence()
                 for atom in (k_tma, v_tma, g_tma):
                     cpasync.prefetch_descriptor(atom)
@@ -163,34 +182,23 @@ class KdaBuildSm90(KdaFwdSm90):
             if warp < 4:
                 cute.arch.setmaxregister_decrease(self.regs_load)
                 if warp == 0:
-                    self.load_all(k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work)
+                    self.load(((k_tma, mK), (v_tma, mV), (g_tma, mG)), shared, work)
                 elif warp == 1:
-                    self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
+                    roles_cluster.send(pipe, shared, work)
                 elif warp == 2:
-                    self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
+                    roles_cluster.fetch(pipe, v_tma, mV, shared, work)
             elif warp < 8:
                 cute.arch.setmaxregister_decrease(self.regs_gates)
                 if warp < 6:
-                    self.gates(
-                        warp - 4, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
-                    )  # fmt: skip
+                    self.gates(warp - 4, shared, gate_inputs, work)
                 elif warp == 6:
-                    self.invert(
-                        ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
-                        beta, Float32(1.0), flags, H, T, work,
-                    )  # fmt: skip
+                    roles_prepare.invert(pipe, shared, beta, Float32(1.0), flags, H, T, work)
             elif warp < 12:
                 cute.arch.setmaxregister_decrease(self.regs_prepare)
-                self.prepare(
-                    warp - 8, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
-                    a_empty, A_log, dt_bias, lower_bound, work,
-                )  # fmt: skip
+                roles_prepare.prepare(pipe, warp - 8, shared, gate_inputs, work)
             else:
                 cute.arch.setmaxregister_increase(self.regs_state)
-                self.maps(
-                    (warp - 12) // 4, ring, sTables, raw_full, gated, ready, solved, empty, left, mma_k, mma_s,
-                    workspace, workers, work,
-                )  # fmt: skip
+                self.maps((warp - 12) // 4, shared, mma_k, mma_s, workspace, workers, work)
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
@@ -222,7 +230,7 @@ class KdaBuildSm90(KdaFwdSm90):
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
                         total += gate.factor(self.pipe.form, Float32(g[t, channel, h, b]), slope, bias)
                     total = total * gate.log2_of_factor(self.pipe.form, lower_bound)
-                    weak = ptx.uniform(Int32(1) - Int32(total < math.log2(FORGOTTEN)))
+                    weak = ptx.uniform(Int32(1) - Int32(total < math.log2(segments.FORGOTTEN)))
                 if (channel == 0) & (nth == 0):
                     at = sList + 32 * (2 + wg // 2)
                     ptx.sts_i32x4(at, (start, tokens, h, b))
@@ -249,79 +257,72 @@ class KdaBuildSm90(KdaFwdSm90):
         x = ptx.lds_i32x4(at)
         return x[0] | x[1] | x[2] | x[3]
 
-    def count(self, work) -> Int32:
-        return ptx.uniform(ptx.lds_i32(work[0] + 128))
-
     @cute.jit
-    def piece(self, nth: Int32, work):
-        """(first token, tokens, head, batch, worker, ...)"""
-        at = work[0] + nth * 32
-        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
-        return tuple(ptx.uniform(x) for x in numbers)
-
-    @cute.jit
-    def load_all(self, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work):
+    def load(self, sources, shared: Shared, work: Chosen):
         """One warp: TMA of k, v, g for each own chunk."""
+        (k_tma, mK), (v_tma, mV), (g_tma, mG) = sources
+        pipe, ring, bars = self.pipe, shared.ring, shared.bars
 
         def boxes(offset, dtype, cols, count):
-            return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
+            return pipeline.staged(pipe, ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
 
-        bK = boxes(0, self.pipe.dtype, 64, 2)
-        bG = boxes(self.pipe.tiles.at_g, self.pipe.g_type, D // self.pipe.g_boxes, self.pipe.g_boxes)
-        bV = boxes(self.pipe.tiles.at_v, self.pipe.dtype, 64, 1)
-        stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.pipe.rank()
-        for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b = self.piece(nth, work)[:4]
+        bK = boxes(0, pipe.dtype, 64, 2)
+        bG = boxes(pipe.tiles.at_g, pipe.g_type, D // pipe.g_boxes, pipe.g_boxes)
+        bV = boxes(pipe.tiles.at_v, pipe.dtype, 64, 1)
+        stage, phase, n, vs = Int32(0), Int32(1), Int32(0), pipe.rank()
+        for nth in cutlass.range(work.count(), unroll=1):
+            start, tokens, h, b = work.piece(nth)[:4]
             h_k = h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
-            sK_, gK = self.boxes_of(k_tma, mK[None, None, h_k, b], start, 64, bK)
-            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.pipe.g_boxes, bG)
+            sK_, gK = pipeline.boxes_of(k_tma, mK[None, None, h_k, b], start, 64, bK)
+            sV_, gV = pipeline.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
+            sG_, gG = pipeline.boxes_of(g_tma, mG[None, None, h, b], start, D // pipe.g_boxes, bG)
             chunks = tokens // C
-            for c in cutlass.range(self.first_own(n, vs, 2) - n, chunks, 2, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                bar = raw_full + stage
+            for c in cutlass.range(pipeline.first_own(n, vs, 2) - n, chunks, 2, unroll=1):
+                cute.arch.mbarrier_wait(bars.empty + stage, phase)
+                bar = bars.raw_full + stage
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (3 + self.pipe.g_boxes) * BOX)
-                for i in cutlass.range_constexpr(self.pipe.g_boxes):
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (3 + pipe.g_boxes) * BOX)
+                for i in cutlass.range_constexpr(pipe.g_boxes):
                     cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
                 for i in cutlass.range_constexpr(2):
                     cute.copy(k_tma, gK[None, c, i], sK_[None, i, stage], tma_bar_ptr=bar)
                 cute.copy(v_tma, gV[None, c, vs], sV_[None, 0, stage], tma_bar_ptr=bar)
                 stage += 1
-                if stage == self.pipe.own_stages:
+                if stage == pipe.own_stages:
                     stage = Int32(0)
                     phase ^= 1
             n += chunks
 
     @cute.jit
-    def gates(
-        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
-        A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
-    ):  # fmt: skip
-        lane, bias_at, n = cute.arch.lane_idx(), sBias + half * 256, Int32(0)
+    def gates(self, half: Int32, shared: Shared, inputs: gate.Inputs, work: Chosen):
+        """As the role `gates`, of the block's own chunks, which are all whole."""
+        pipe, ring, sTables, bars = self.pipe, shared.ring.toint(), shared.tables, shared.bars
+        A_log, dt_bias, lower_bound = inputs
+        lane, bias_at, n = cute.arch.lane_idx(), shared.bias + half * 256, Int32(0)
         stage, phase = Int32(0), Int32(0)
-        for nth in cutlass.range(self.count(work), unroll=1):
-            tokens, h = self.piece(nth, work)[1:3]
-            slope, end = gate.parameters(self.pipe.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
-            for _ in cutlass.range(self.first_own(n, self.pipe.rank(), 2), end, 2, unroll=1):
-                self.wait(raw_full + stage, phase, lane)
-                at = ring + stage * self.pipe.tiles.size
+        for nth in cutlass.range(work.count(), unroll=1):
+            tokens, h = work.piece(nth)[1:3]
+            slope, end = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
+            for _ in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
+                pipeline.wait(bars.raw_full + stage, phase, lane)
+                at = ring + stage * pipe.tiles.size
                 gate.of_chunk(
-                    self.pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
+                    pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
                 )
-                cute.arch.mbarrier_arrive(gated + stage)
+                cute.arch.mbarrier_arrive(bars.gated + stage)
                 stage += 1
-                if stage == self.pipe.own_stages:
+                if stage == pipe.own_stages:
                     stage = Int32(0)
                     phase ^= 1
             n = end
 
     @cute.jit
     def maps(
-        self, wg: Int32, ring, sTables: Int32, raw_full, gated, ready, solved, empty, left,
-        mma_k: cute.TiledMma, mma_s: cute.TiledMma, workspace: Int64, workers: Int32, work,
+        self, wg: Int32, shared: Shared, mma_k: cute.TiledMma, mma_s: cute.TiledMma, workspace: Int64, workers: Int32,
+        work: Chosen,
     ):  # fmt: skip
         """A warpgroup for 64 rows of C, one for 64 of M: the recurrence of `state`, without o; for M without v."""
+        pipe, ring, sTables, bars = self.pipe, shared.ring, shared.tables, shared.bars
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
         col = lane % 4 * 2
@@ -336,27 +337,27 @@ class KdaBuildSm90(KdaFwdSm90):
             return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
 
         kind = SmemLayoutAtomKind
-        bK = operand_b(mma_k, self.staged(ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
-        sKr = self.staged(ring + self.pipe.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.pipe.g_boxes // 2 * C), (1, 0))
-        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.pipe.stages), (0, 0, 0)))
-        bT = operand_b(mma_k, self.staged(ring + self.pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
+        bK = operand_b(mma_k, pipeline.staged(pipe, ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
+        sKr = pipeline.staged(pipe, ring + pipe.tiles.at_g, BFloat16, kind.MN_SW128, (D, pipe.g_boxes // 2 * C), (1, 0))
+        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, pipe.stages), (0, 0, 0)))
+        bT = operand_b(mma_k, pipeline.staged(pipe, ring + pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
         acc_s, acc_r, acc_u = fragment(mma_s, D), fragment(mma_k, C), fragment(mma_k, C)
         fS, fU = operand_a(mma_k, D), operand_a(mma_k, C)
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
         has_v = Uint32(0) - Uint32(wg == 0)  # all bits or none
-        n, rank = Int32(0), self.pipe.rank()
-        for nth in cutlass.range(self.count(work), unroll=1):
-            _, tokens, _, _, worker = self.piece(nth, work)[:5]
+        n, rank = Int32(0), pipe.rank()
+        for nth in cutlass.range(work.count(), unroll=1):
+            _, tokens, _, _, worker = work.piece(nth)
             row, channel = rank * 64 + warp * 16 + lane // 4, col
             for i in cutlass.range_constexpr(64):
                 one = (wg == 1) & (row + i // 2 % 2 * 8 == channel + i // 4 * 8 + i % 2)
                 acc_s[i] = Float32(Int32(one))
             for _ in cutlass.range(tokens // C, unroll=1):
-                stage, phase, is_own = self.stage_of(n)
-                prepared, inverted = ready + stage, solved + stage
+                stage, phase, is_own = pipeline.stage_of(pipe, n)
+                prepared, inverted = bars.ready + stage, bars.solved + stage
                 if not is_own:
-                    prepared, inverted = raw_full + stage, gated + stage
+                    prepared, inverted = bars.raw_full + stage, bars.gated + stage
                 cute.arch.mbarrier_wait(prepared, phase)
                 fragments.to_operand(acc_s, fS)
                 warpgroup.fence()
@@ -366,7 +367,7 @@ class KdaBuildSm90(KdaFwdSm90):
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
-                v_at = ring.toint() + self.pipe.tiles.at_v + stage * self.pipe.tiles.size + t_row + t_col
+                v_at = ring.toint() + pipe.tiles.at_v + stage * pipe.tiles.size + t_row + t_col
                 v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
                 r = cute.make_rmem_tensor((C // 2,), Float32)
                 for n8 in cutlass.range_constexpr(C // 8):
@@ -390,9 +391,9 @@ class KdaBuildSm90(KdaFwdSm90):
                 fragments.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
                 warpgroup.commit_group()
                 warpgroup.wait_group(0)
-                cute.arch.mbarrier_arrive(empty + stage)
+                cute.arch.mbarrier_arrive(bars.empty + stage)
                 cute.arch.sync_warp()
-                for bar in (empty + n // 2 % self.pipe.own_stages, left):
+                for bar in (bars.empty + n // 2 % pipe.own_stages, bars.left):
                     ptx.remote_arrive(bar.toint(), rank ^ 1, (lane == 0) & (not is_own))
                 n += 1
             at = segments.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)

@@ -54,6 +54,14 @@ class Form(NamedTuple):
         return 1 if self.kind == "safe" else 2
 
 
+class Inputs(NamedTuple):
+    """What a gate is made from besides g."""
+
+    A_log: Int64  # address: [H] fp32, or 0
+    dt_bias: Int64  # address: [H, K] fp32, or 0
+    lower_bound: Float32
+
+
 @cute.jit
 def parameters(
     form: cutlass.Constexpr, A_log: Int64, dt_bias: Int64, h: Int32, half: Int32, bias_at: Int32, lane: Int32

@@ -5,11 +5,12 @@ docs/kernel/scheduling.md says why. What the host has to know of it is in `confi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 
 from . import ptx
 from .config import CU_INT64, ITEM_COST, LISTED, part
@@ -78,6 +79,51 @@ class Entry(NamedTuple):
     span: Int32
     skipped: Int32 | None = None  # with checkpoints, as is the next one
     checkpoint: Int32 | None = None  # number of the sequence's first
+
+
+class Work(Protocol):
+    """What the roles of a pipeline walk through: `count` pieces, of which they ask for the first tokens, tokens, heads
+    and batches, one after the other. Frozen dataclasses, so that the DSL does not carry them through loops."""
+
+    def count(self) -> Int32: ...
+
+    def piece(self, nth: Int32): ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A worker's pieces, as `load` lists them, PIECES at a time: in shared memory, with mbarriers."""
+
+    checkpoints: bool
+    plan: Int32
+    listed: cute.Pointer
+    taken: cute.Pointer
+
+    def count(self) -> Int32:
+        return ptx.uniform(ptx.lds_i32(self.plan + AT_COUNT))
+
+    @cute.jit
+    def piece(self, nth: Int32) -> Entry:
+        at = self.plan + AT_PIECES + nth % PIECES * PIECE
+        cute.arch.mbarrier_wait(self.listed + nth % PIECES, nth // PIECES & 1)
+        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
+        if const_expr(self.checkpoints):
+            numbers += ptx.lds_i32x4(at + 32)[:2]
+        cute.arch.mbarrier_arrive(self.taken + nth % PIECES)
+        return Entry(*(ptx.uniform(x) for x in numbers))
+
+    @cute.jit
+    def put(self, nth: Int32, entry: Entry):
+        """Lists a piece; by one warp."""
+        slot = nth % PIECES
+        cute.arch.mbarrier_wait(self.taken + slot, nth // PIECES & 1 ^ 1)
+        with cute.arch.elect_one():
+            to = self.plan + AT_PIECES + slot * PIECE
+            ptx.sts_i32x4(to, entry[:4])
+            ptx.sts_i32x4(to + 16, entry[4:8])
+            if const_expr(self.checkpoints):
+                ptx.sts_i32x4(to + 32, entry[8:] * 2)
+            cute.arch.mbarrier_arrive(self.listed + slot)
 
 
 def worker(blocks: int) -> tuple[Int32, Int32]:

@@ -21,6 +21,9 @@ from .schedule import AT_GUESSED, AT_HASHES, SPAN, Fate
 
 # Words in the workspace; what lies there before hardly looks like them.
 HANDED, NOT_NEEDED, GUESSED, EXACT, GIVEN = (0x6B64615F68616E64 + i for i in range(5))
+# What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
+# guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
+FORGOTTEN = 2.0**-48
 
 
 class Team(NamedTuple):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from kda_cute.kernels.config import KdaFwdConfig
+from kda_cute.kernels.fwd_sm90 import pipeline_of
 from kda_cute.kernels.layout import A_ROW, ANCHORS, BOX, DECAY, SQUARES, SYSTEM, C, D
 from tests.lanes import LANES, Warp, bf16, bf16_pair, copy_of, lane_by_lane, on_the_cpu
 
-fwd_sm90: Any = copy_of("kda_cute.kernels.fwd_sm90")
-chunk, fragments, gates = fwd_sm90.chunk, fwd_sm90.fragments, fwd_sm90.gate
+roles: Any = copy_of("kda_cute.kernels.roles_prepare")
+chunk, fragments, gates = roles.chunk, roles.fragments, roles.gate
 
 STAGE, TABLE, SYS, BIAS, TRIANGLE = 0, 45056, 49152, 57344, 58368
 f32, u32 = np.float32, np.uint32
@@ -65,10 +66,10 @@ def prepare(
     v_split: Any = 1,
 ) -> dict[str, np.ndarray]:
     """What the two warps of a pair leave in shared memory."""
-    pipe = fwd_sm90.pipeline_of(KdaFwdConfig(g_dtype, gate, v_split, dtype=dtype))  # type: ignore[arg-type]
+    pipe = pipeline_of(KdaFwdConfig(g_dtype, gate, v_split, dtype=dtype))  # type: ignore[arg-type]
     warp = Warp()
-    with on_the_cpu(fwd_sm90, warp):  # code with branches on the lane
-        clear_rows, clear = (lane_by_lane(fwd_sm90, warp, f) for f in (chunk.clear_rows, gates.clear))
+    with on_the_cpu(roles, warp):  # code with branches on the lane
+        clear_rows, clear = (lane_by_lane(roles, warp, f) for f in (chunk.clear_rows, gates.clear))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(chunk, "clear_rows", clear_rows)
         m.setattr(gates, "clear", clear)
@@ -93,9 +94,9 @@ def run(
             for i in range(4):
                 warp.memory[at + i] = g[:, cols].astype(f32).view(np.uint32) >> (8 * i) & 255
     for lane in range(3):  # code with branches
-        with on_the_cpu(fwd_sm90, Warp(warp)):
+        with on_the_cpu(roles, Warp(warp)):
             chunk.lower_triangle(TRIANGLE, 1, np.int64(lane))
-    with on_the_cpu(fwd_sm90, warp):
+    with on_the_cpu(roles, warp):
         lam = gates.log2_of_factor(form, f32(lower_bound))
         row, col = LANES // 4, LANES % 4 * 2
         triangle = warp.lds_u32x4(TRIANGLE + 16 * ((col <= row).astype(int) + (col < row)))
@@ -121,7 +122,7 @@ def run(
         q2 = [fragments.quad_sum(sums[0][2][i]) + fragments.quad_sum(sums[1][2][i]) for i in range(4)]
     for lane in range(32):
         one = Warp(warp)
-        with on_the_cpu(fwd_sm90, one):
+        with on_the_cpu(roles, one):
             chunk.store_a([(x[0][lane], x[1][lane]) for x in A], SYS, np.int64(lane))
     words = M  # a pair of each lane: rows of 8 x 8 blocks
     found = {name: np.zeros((C, C)) for name in "AM"}
