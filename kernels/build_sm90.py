@@ -21,11 +21,25 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import chunk, fragments, gate, pipeline, ptx, roles_cluster, roles_prepare, schedule, segments, state_io
+from . import (
+    barriers,
+    chunk,
+    fragments,
+    gate,
+    pipeline,
+    ptx,
+    roles_cluster,
+    roles_load,
+    roles_prepare,
+    schedule,
+    segments,
+    state_io,
+)
 from .arguments import fake_tensors
+from .barriers import Barriers
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
-from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
-from .pipeline import Barriers, Pipeline, Shared, g_boxes, v_boxes
+from .layout import DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
+from .pipeline import Pipeline, Shared, g_boxes, v_boxes
 from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, PLAN, SPAN, Fate
 
 ROWS = 16  # of the state, in a block of `chain`
@@ -38,6 +52,7 @@ def pipeline_of(config: KdaBuildConfig) -> Pipeline:
     tiles = Stage.of(g_boxes(config), v_boxes(config), queries=False)
     return Pipeline(
         config, tiles, threads=640, prepare_wgs=1, pairs=2, gate_warps=2, state_wgs=2, queries=False, gates_rolled=True,
+        whole=True,
         lists=False,
     )  # fmt: skip
 
@@ -157,7 +172,7 @@ class KdaBuildSm90:
         sList = table(6 * 32).toint()
         sBias = table(256 * 2 * pipe.pairs).toint()
         triangle = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
-        bars = smem.allocate_tensor(Int64, cute.make_layout(pipe.barriers), byte_alignment=8).iterator
+        bars = smem.allocate_tensor(Int64, cute.make_layout(barriers.total(pipe)), byte_alignment=8).iterator
         bars = Barriers.at(pipe, bars)
         shared = Shared(ring, sTables, sSystems, sBias, triangle, bars)
         H, T = cute.size(g.shape[2]), cute.size(g.shape[0])
@@ -182,7 +197,7 @@ class KdaBuildSm90:
             if warp < 4:
                 cute.arch.setmaxregister_decrease(self.regs_load)
                 if warp == 0:
-                    self.load(((k_tma, mK), (v_tma, mV), (g_tma, mG)), shared, work)
+                    roles_load.load_all(pipe, (None, (k_tma, mK), (v_tma, mV), (g_tma, mG)), shared, work)
                 elif warp == 1:
                     roles_cluster.send(pipe, shared, work)
                 elif warp == 2:
@@ -258,44 +273,9 @@ class KdaBuildSm90:
         return x[0] | x[1] | x[2] | x[3]
 
     @cute.jit
-    def load(self, sources, shared: Shared, work: Chosen):
-        """One warp: TMA of k, v, g for each own chunk."""
-        (k_tma, mK), (v_tma, mV), (g_tma, mG) = sources
-        pipe, ring, bars = self.pipe, shared.ring, shared.bars
-
-        def boxes(offset, dtype, cols, count):
-            return pipeline.staged(pipe, ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
-
-        bK = boxes(0, pipe.dtype, 64, 2)
-        bG = boxes(pipe.tiles.at_g, pipe.g_type, D // pipe.g_boxes, pipe.g_boxes)
-        bV = boxes(pipe.tiles.at_v, pipe.dtype, 64, 1)
-        stage, phase, n, vs = Int32(0), Int32(1), Int32(0), pipe.rank()
-        for nth in cutlass.range(work.count(), unroll=1):
-            start, tokens, h, b = work.piece(nth)[:4]
-            h_k = h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
-            sK_, gK = pipeline.boxes_of(k_tma, mK[None, None, h_k, b], start, 64, bK)
-            sV_, gV = pipeline.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-            sG_, gG = pipeline.boxes_of(g_tma, mG[None, None, h, b], start, D // pipe.g_boxes, bG)
-            chunks = tokens // C
-            for c in cutlass.range(pipeline.first_own(n, vs, 2) - n, chunks, 2, unroll=1):
-                cute.arch.mbarrier_wait(bars.empty + stage, phase)
-                bar = bars.raw_full + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (3 + pipe.g_boxes) * BOX)
-                for i in cutlass.range_constexpr(pipe.g_boxes):
-                    cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
-                for i in cutlass.range_constexpr(2):
-                    cute.copy(k_tma, gK[None, c, i], sK_[None, i, stage], tma_bar_ptr=bar)
-                cute.copy(v_tma, gV[None, c, vs], sV_[None, 0, stage], tma_bar_ptr=bar)
-                stage += 1
-                if stage == pipe.own_stages:
-                    stage = Int32(0)
-                    phase ^= 1
-            n += chunks
-
-    @cute.jit
     def gates(self, half: Int32, shared: Shared, inputs: gate.Inputs, work: Chosen):
-        """As the role `gates`, of the block's own chunks, which are all whole."""
+        """As roles_prepare.gates, of the block's own chunks, which are all whole. Not the same function: there the
+        stage's address is made before the wait, which gives other machine code here."""
         pipe, ring, sTables, bars = self.pipe, shared.ring.toint(), shared.tables, shared.bars
         A_log, dt_bias, lower_bound = inputs
         lane, bias_at, n = cute.arch.lane_idx(), shared.bias + half * 256, Int32(0)
@@ -304,7 +284,7 @@ class KdaBuildSm90:
             tokens, h = work.piece(nth)[1:3]
             slope, end = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
             for _ in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
-                pipeline.wait(bars.raw_full + stage, phase, lane)
+                barriers.wait(bars.raw_full + stage, phase, lane)
                 at = ring + stage * pipe.tiles.size
                 gate.of_chunk(
                     pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane

@@ -38,11 +38,12 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import chunk, gate, ptx, roles_cluster, roles_load, roles_prepare, roles_state, schedule
+from . import barriers, chunk, gate, ptx, roles_cluster, roles_load, roles_prepare, roles_state, schedule
 from .arguments import fake_tensors
+from .barriers import Barriers
 from .config import KdaFwdConfig
 from .layout import BOX, SYSTEM, SYSTEMS, TABLES, C, D, Stage
-from .pipeline import Barriers, Pipeline, Shared, g_boxes, v_boxes
+from .pipeline import Pipeline, Shared, g_boxes, v_boxes
 from .schedule import PLAN, Listed
 
 
@@ -61,6 +62,7 @@ def pipeline_of(config: KdaFwdConfig) -> Pipeline:
         queries=True,
         # Four times the same code where `prepare` has it is more than the instruction cache has room for.
         gates_rolled=gate_warps == 0,
+        whole=False,
         lists=True,
     )
 
@@ -165,7 +167,7 @@ class KdaFwdSm90:
         sPlan = table(PLAN).toint()
         sBias = table(256 * (pipe.gate_warps or 2 * pipe.pairs), 16).toint()
         triangle = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
-        bars = smem.allocate_tensor(Int64, cute.make_layout(pipe.barriers), byte_alignment=8).iterator
+        bars = smem.allocate_tensor(Int64, cute.make_layout(barriers.total(pipe)), byte_alignment=8).iterator
         bars = Barriers.at(pipe, bars)
         shared = Shared(ring, sTables, sSystems, sBias, triangle, bars)
 

@@ -1,10 +1,8 @@
-"""A pipeline of chunks: what the functions of its roles are given of the kernel that they run in."""
+"""A pipeline of chunks: what the functions of its roles are given of the kernel that they run in, and the ring."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -13,9 +11,9 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from . import gate, schedule
 from .arguments import TYPES
+from .barriers import Barriers
 from .config import KdaBuildConfig, KdaFwdConfig
-from .layout import SYSTEMS, C, Stage
-from .schedule import PIECES
+from .layout import C, Stage
 from .segments import Team
 
 
@@ -26,12 +24,13 @@ class Pipeline:
     config: KdaFwdConfig | KdaBuildConfig
     tiles: Stage  # what a stage of the ring holds
     threads: int  # of a block
-    prepare_wgs: int
-    pairs: int  # of warps of `prepare`
+    prepare_wgs: int  # warpgroups of `prepare`
+    pairs: int  # of warps, of which each has a chunk; with fewer than there are some are idle
     gate_warps: int  # 0: `prepare` does it
     state_wgs: int  # warpgroups that have 64 rows of a state each
     queries: bool  # whether there is q, and with it Qd, M and o
     gates_rolled: bool  # see gate.Form
+    whole: bool  # whether all chunks are whole
     lists: bool  # whether `load` lists pieces of work for the others, see schedule.Listed
 
     @property
@@ -78,100 +77,12 @@ class Pipeline:
     def team(self) -> Team:
         return Team(self.blocks, self.state_wgs)
 
-    @property
-    def edges(self) -> tuple[Edge, ...]:
-        """Those that there are: pieces that are not listed have none."""
-        if self.lists:
-            return EDGES
-        return tuple(edge for edge in EDGES if edge.name not in ("listed", "taken", "settled", "given"))
-
-    def places(self, per: str) -> int:
-        return {"stage": self.stages, "system": SYSTEMS, "piece": PIECES, "block": 1}[per]
-
-    @property
-    def barriers(self) -> int:
-        return sum(self.places(edge.per) for edge in self.edges)
-
-    def gate_threads(self, stage: int) -> int:
-        """That say that a stage is gated: of `gates`, or of `fetch`."""
-        return 32 * self.gate_warps if self.gate_warps and stage < self.own_stages else 32
-
-    def state_threads(self, stage: int) -> int:
-        """That say that the states have left a stage: a warp of the other block has one."""
-        sent = self.blocks == 2 and stage < self.own_stages
-        return (128 + 4 * sent) * self.state_wgs
-
-    @property
-    def readers(self) -> int:
-        """Threads that read the list of pieces: all but `load`, which writes it, and idle pairs."""
-        return self.threads - 32 - 64 * (2 * self.prepare_wgs - self.pairs)
-
     def worker(self) -> tuple[Int32, Int32]:
         """(which, of how many)"""
         return schedule.worker(self.blocks)
 
     def rank(self) -> Int32:
         return schedule.rank(self.blocks)
-
-
-class Edge(NamedTuple):
-    """A kind of mbarrier: what one role waits for until others arrive."""
-
-    name: str
-    per: str  # what there is one of them for: "stage", "system", "piece" or "block"
-    arrivals: Callable[[Pipeline, int], int]  # of threads, and of what arrives for TMA; by the number of the stage
-    by: str
-    waits: str
-
-
-EDGES = (  # in the order in which they lie in shared memory
-    Edge("raw_full", "stage", lambda pipe, _: 1, "load, TMA", "gates, prepare, invert"),
-    Edge("gated", "stage", lambda pipe, s: pipe.gate_threads(s), "gates; for what is sent fetch", "prepare; state"),
-    Edge("ready", "stage", lambda pipe, _: 64, "a pair of prepare", "state, send"),
-    Edge("solved", "stage", lambda pipe, _: 32, "invert", "state, send, prepare"),
-    Edge("empty", "stage", lambda pipe, s: pipe.state_threads(s), "state, of both blocks", "load, fetch"),
-    Edge("a_full", "system", lambda pipe, _: 64, "a pair of prepare", "invert"),
-    Edge("a_empty", "system", lambda pipe, _: 32, "invert", "prepare"),
-    Edge("listed", "piece", lambda pipe, _: 1, "load", "all other roles"),
-    Edge("taken", "piece", lambda pipe, _: pipe.readers, "all other roles", "load"),
-    Edge("left", "block", lambda pipe, _: 4 * pipe.state_wgs, "state, of the other block", "send"),
-    Edge("settled", "block", lambda pipe, _: 4 * pipe.state_wgs, "state", "load"),
-    Edge("given", "block", lambda pipe, _: 128 * pipe.state_wgs, "state", "load"),
-)
-
-
-@dataclass(frozen=True)
-class Barriers:
-    """The first mbarrier of each edge, in shared memory. None where a kernel has none of the kind."""
-
-    raw_full: cute.Pointer
-    gated: cute.Pointer
-    ready: cute.Pointer
-    solved: cute.Pointer
-    empty: cute.Pointer
-    a_full: cute.Pointer
-    a_empty: cute.Pointer
-    left: cute.Pointer
-    listed: cute.Pointer | None = None
-    taken: cute.Pointer | None = None
-    settled: cute.Pointer | None = None
-    given: cute.Pointer | None = None
-
-    @staticmethod
-    def at(pipe: Pipeline, first: cute.Pointer) -> Barriers:
-        found, n = {}, 0
-        for edge in pipe.edges:
-            found[edge.name] = first + n
-            n += pipe.places(edge.per)
-        return Barriers(**found)
-
-    def init(self, pipe: Pipeline) -> None:
-        """By one thread."""
-        for per in ("stage", "block", "system", "piece"):
-            for i in range(pipe.places(per)):
-                for edge in pipe.edges:
-                    if edge.per == per:
-                        cute.arch.mbarrier_init(getattr(self, edge.name) + i, edge.arrivals(pipe, i))
 
 
 @dataclass(frozen=True)
@@ -209,15 +120,6 @@ def stage_of(pipe: cutlass.Constexpr, n: Int32):
         if not is_own:
             stage, phase = Int32(S), m & 1
     return stage, phase, is_own
-
-
-@cute.jit
-def wait(barrier, phase: Int32, lane: Int32):
-    """mbarrier_wait before a named barrier. The test always holds, which ptxas cannot see: it makes the lanes of a
-    warp leave the spinning together. They do on the machine, but not under compute-sanitizer, and a warp that comes
-    to a named barrier in parts counts as several: racecheck then reports hazards that are none."""
-    if lane + cute.arch.grid_dim()[0] != 0:
-        cute.arch.mbarrier_wait(barrier, phase)
 
 
 def staged(pipe: cutlass.Constexpr, base, dtype, kind, shape, order, stride=None):

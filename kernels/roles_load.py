@@ -8,10 +8,11 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 
 from . import pipeline, ptx, schedule, segments, state_io
+from .barriers import Barriers
 from .config import MAPS_BUILT
 from .layout import BOX, C, D
-from .pipeline import Barriers, Shared
-from .schedule import AT_END, AT_PIECES, AT_SEGMENT, PIECE, PIECES, SPAN, Entry, Fate, Listed, Piece
+from .pipeline import Shared
+from .schedule import AT_END, AT_PIECES, AT_SEGMENT, PIECE, PIECES, SPAN, Entry, Fate, Listed, Piece, Work
 from .segments import EXACT, HANDED, NOT_NEEDED
 
 
@@ -23,16 +24,7 @@ def load(
 ):  # fmt: skip
     """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
     the tensor arrive as zeros."""
-    (q_tma, mQ), (k_tma, mK), (v_tma, mV), (g_tma, mG) = sources
-    ring, bars = shared.ring, shared.bars
-
-    def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
-        return pipeline.staged(pipe, ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
-
-    bKQ = boxes(0, pipe.dtype, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
-    bG = boxes(pipe.tiles.at_g, pipe.g_type, D // pipe.g_boxes, pipe.g_boxes)
-    bV = boxes(pipe.tiles.at_v, pipe.dtype, 64, pipe.v_boxes)
-    tiles = (q_tma, mQ, bKQ), (k_tma, mK, bKQ), (v_tma, mV, bV), (g_tma, mG, bG)
+    bars, boxes = shared.bars, boxes_of(pipe, shared.ring)
     stage, phase, n = Int32(0), Int32(1), Int32(0)
     sPlan = work.plan
     segment, built = ptx.lds_i32(sPlan + AT_SEGMENT), Int32(0)
@@ -65,9 +57,31 @@ def load(
                 readers_end = piece.span // SPAN + 1
             entry = Entry(*piece[1:7], next_nh, *piece[7:], checkpoint)
             work.put(nth - 1, entry)
-        stage, phase, n = load_piece(pipe, tiles, bars, piece, stage, phase, n)
+        stage, phase, n = load_piece(pipe, sources, boxes, bars, piece, stage, phase, n)
         piece, checkpoint = found, next_checkpoint
-    finish(pipe, count, segment, readers_end, tiles, bars, stage, phase, n, work, workspace, most_workers)
+    finish(pipe, count, segment, readers_end, sources, boxes, bars, stage, phase, n, work, workspace, most_workers)
+
+
+@cute.jit
+def load_all(pipe: cutlass.Constexpr, sources, shared: Shared, work: Work):
+    """`load` for pieces that are known, of whole chunks."""
+    bars, boxes = shared.bars, boxes_of(pipe, shared.ring)
+    stage, phase, n = Int32(0), Int32(1), Int32(0)
+    for nth in cutlass.range(work.count(), unroll=1):
+        piece = work.piece(nth)
+        stage, phase, n = load_piece(pipe, sources, boxes, bars, piece, stage, phase, n)
+
+
+def boxes_of(pipe: cutlass.Constexpr, ring: cute.Pointer):
+    """The TMA boxes of the ring's stages, one behind the other: of k and q, v, g."""
+
+    def boxes(offset, dtype, cols, count):
+        return pipeline.staged(pipe, ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
+
+    bKQ = boxes(0, pipe.dtype, 64, 2 + 2 * pipe.queries)  # k, q of channels 0-63, k, q of channels 64-127
+    bG = boxes(pipe.tiles.at_g, pipe.g_type, D // pipe.g_boxes, pipe.g_boxes)
+    bV = boxes(pipe.tiles.at_v, pipe.dtype, 64, pipe.v_boxes)
+    return bKQ, bV, bG
 
 
 @cute.jit
@@ -83,28 +97,31 @@ def with_map(found: Piece, built: Int32) -> Piece:
 
 
 @cute.jit
-def load_piece(
-    pipe: cutlass.Constexpr, tiles, bars: Barriers, piece: Piece | Entry, stage: Int32, phase: Int32, n: Int32
-):
-    """Loads the block's own chunks of a piece, from stage and phase on; n: chunks before. The same three behind it."""
+def load_piece(pipe: cutlass.Constexpr, sources, boxes, bars: Barriers, piece, stage: Int32, phase: Int32, n: Int32):
+    """Loads the block's own ones of a piece's chunks, from stage and phase on; n: chunks before. Returns these three
+    for what comes next."""
     start, h, b = piece.start, piece.h, piece.b
-    (q_tma, mQ, bKQ), (k_tma, mK, _), (v_tma, mV, bV), (g_tma, mG, bG) = tiles
+    (q, (k_tma, mK), (v_tma, mV), (g_tma, mG)), (bKQ, bV, bG) = sources, boxes
+    each = 1 + pipe.queries  # boxes of k and of q lie in turn
     vs, h_qk = pipe.rank(), h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
     sK_, gK = pipeline.boxes_of(k_tma, mK[None, None, h_qk, b], start, 64, bKQ)
-    sQ_, gQ = pipeline.boxes_of(q_tma, mQ[None, None, h_qk, b], start, 64, bKQ)
+    if const_expr(pipe.queries):
+        q_tma, mQ = q
+        sQ_, gQ = pipeline.boxes_of(q_tma, mQ[None, None, h_qk, b], start, 64, bKQ)
     sV_, gV = pipeline.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
     sG_, gG = pipeline.boxes_of(g_tma, mG[None, None, h, b], start, D // pipe.g_boxes, bG)
-    chunks = cute.ceil_div(piece.tokens, C)
+    chunks = piece.tokens // C if pipe.whole else cute.ceil_div(piece.tokens, C)
     for c in cutlass.range(pipeline.first_own(n, vs, pipe.blocks) - n, chunks, pipe.blocks, unroll=1):
         cute.arch.mbarrier_wait(bars.empty + stage, phase)
         bar, g_boxes = bars.raw_full + stage, pipe.g_boxes * pipe.k_boxes // 2
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, (2 * pipe.k_boxes + pipe.v_boxes + g_boxes) * BOX)
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, (each * pipe.k_boxes + pipe.v_boxes + g_boxes) * BOX)
         for i in cutlass.range_constexpr(g_boxes):
             cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
         for i in cutlass.range_constexpr(pipe.k_boxes):
-            cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
-            cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
+            cute.copy(k_tma, gK[None, c, i], sK_[None, each * i, stage], tma_bar_ptr=bar)
+            if const_expr(pipe.queries):
+                cute.copy(q_tma, gQ[None, c, i], sQ_[None, each * i + 1, stage], tma_bar_ptr=bar)
         for i in cutlass.range_constexpr(pipe.v_boxes):
             cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
         stage += 1
@@ -116,8 +133,8 @@ def load_piece(
 
 @cute.jit
 def finish(
-    pipe: cutlass.Constexpr, count: Int32, segment: Int32, readers_end: Int32, tiles, bars: Barriers, stage: Int32,
-    phase: Int32, n: Int32, work: Listed, workspace: Int64, most_workers: Int32,
+    pipe: cutlass.Constexpr, count: Int32, segment: Int32, readers_end: Int32, sources, boxes, bars: Barriers,
+    stage: Int32, phase: Int32, n: Int32, work: Listed, workspace: Int64, most_workers: Int32,
 ):  # fmt: skip
     """What blocks tell one another, and the last piece if there is a segment: it again, or nothing but to store its
     state. Not in the loop over pieces, where lanes that part ways would cost ptxas its uniform registers."""
@@ -143,7 +160,7 @@ def finish(
             fate, tokens = Fate.KEPT | (fate & Fate.FINAL), Int32(0)
         entry = Entry(start, tokens, h, b, nh, fate, next_nh, span, *checkpoint)
         work.put(count, entry)
-        load_piece(pipe, tiles, bars, entry, stage, phase, n)
+        load_piece(pipe, sources, boxes, bars, entry, stage, phase, n)
         if not_needed != 0:
             if handed_on:
                 cute.arch.mbarrier_wait(bars.given, 0)

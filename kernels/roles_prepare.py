@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
-from . import chunk, fragments, gate, inverse, pipeline, ptx, scalars
+from . import barriers, chunk, fragments, gate, inverse, pipeline, ptx, scalars
 from .layout import ANCHORS, NORM, PAIR_BAR, SQUARES, SYSTEM, SYSTEMS, TABLES, C
 from .pipeline import Shared
 from .schedule import Work
@@ -32,7 +32,7 @@ def gates(pipe: cutlass.Constexpr, half: Int32, shared: Shared, inputs: gate.Inp
         slope = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane)
         for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
             sStage = ring + stage * pipe.tiles.size
-            pipeline.wait(bars.raw_full + stage, phase, lane)
+            barriers.wait(bars.raw_full + stage, phase, lane)
             gate.of_chunk(
                 pipe.form,
                 slope,
@@ -83,7 +83,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
             left = tokens - c * C
             sStage = ring + stage * pipe.tiles.size
             system = shared.systems + slot * SYSTEM
-            pipeline.wait(bars.raw_full + stage, own // S & 1, lane)
+            barriers.wait(bars.raw_full + stage, own // S & 1, lane)
             if left < C:
                 chunk.clear_tail(pipe, lane, half, left, sStage)
             if const_expr(pipe.gate_warps == 0):
@@ -91,7 +91,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
                     pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
                 )
             else:
-                pipeline.wait(bars.gated + stage, own // S & 1, lane)
+                barriers.wait(bars.gated + stage, own // S & 1, lane)
             cute.arch.sync_warp()
             tile_kq = sStage + half * pipe.tiles.k_half + tile
             tile_kr = sStage + pipe.tiles.at_g + half * pipe.tiles.kr_half + tile
@@ -109,8 +109,8 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
             if const_expr(P > SYSTEMS):
                 # other pairs use it too: a phase says whose turn it is only to who is not late
                 if own >= P:
-                    pipeline.wait(bars.solved + (own - P) % S, (own - P) // S & 1, lane)
-            pipeline.wait(bars.a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
+                    barriers.wait(bars.solved + (own - P) % S, (own - P) // S & 1, lane)
+            barriers.wait(bars.a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
             for i in cutlass.range_constexpr(4 if pipe.queries else 0):
                 q_sum = fragments.quad_sum(q2[i])
                 if lane % 4 == 0:
