@@ -290,10 +290,7 @@ class KdaBuildSm90:
                     pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
                 )
                 cute.arch.mbarrier_arrive(bars.gated + stage)
-                stage += 1
-                if stage == pipe.own_stages:
-                    stage = Int32(0)
-                    phase ^= 1
+                stage, phase = pipeline.next_stage(pipe, stage, phase)
             n = end
 
     @cute.jit

@@ -110,15 +110,35 @@ def first_own(n: Int32, phase: Int32, period: int):
     return n + (phase - n % period + period) % period
 
 
+def own_stage(pipe: cutlass.Constexpr, own: Int32) -> Int32:
+    """Of the own-th of the chunks that the block prepares."""
+    return own % pipe.own_stages
+
+
+def own_phase(pipe: cutlass.Constexpr, own: Int32) -> Int32:
+    """Of that stage's mbarriers. To be called where it is waited for: made before, it gives other machine code."""
+    return own // pipe.own_stages & 1
+
+
+@cute.jit
+def next_stage(pipe: cutlass.Constexpr, stage: Int32, phase: Int32):
+    """(stage, phase) of the own chunk behind: for who goes from one to the next."""
+    stage += 1
+    if stage == pipe.own_stages:
+        stage = Int32(0)
+        phase ^= 1
+    return stage, phase
+
+
 @cute.jit
 def stage_of(pipe: cutlass.Constexpr, n: Int32):
     """(stage, phase, whether this block prepares it) of the n-th chunk."""
-    S, m = pipe.own_stages, n // pipe.blocks
-    stage, phase, is_own = m % S, m // S & 1, Boolean(True)
+    m = n // pipe.blocks
+    stage, phase, is_own = own_stage(pipe, m), own_phase(pipe, m), Boolean(True)
     if const_expr(pipe.blocks == 2):
         is_own = n % 2 == pipe.rank()
         if not is_own:
-            stage, phase = Int32(S), m & 1
+            stage, phase = Int32(pipe.own_stages), m & 1
     return stage, phase, is_own
 
 

@@ -23,9 +23,9 @@ def send(pipe: cutlass.Constexpr, shared: Shared, work: Work):
         end = n + cute.ceil_div(tokens, C)
         for c in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
             own = c // 2
-            stage = own % S
-            cute.arch.mbarrier_wait(bars.ready + stage, own // S & 1)
-            cute.arch.mbarrier_wait(bars.solved + stage, own // S & 1)
+            stage = pipeline.own_stage(pipe, own)
+            cute.arch.mbarrier_wait(bars.ready + stage, pipeline.own_phase(pipe, own))
+            cute.arch.mbarrier_wait(bars.solved + stage, pipeline.own_phase(pipe, own))
             cute.arch.mbarrier_wait(bars.left, own & 1 ^ 1)
             bar = (bars.raw_full + S).toint()
             with cute.arch.elect_one():

@@ -124,10 +124,7 @@ def load_piece(pipe: cutlass.Constexpr, sources, boxes, bars: Barriers, piece, s
                 cute.copy(q_tma, gQ[None, c, i], sQ_[None, each * i + 1, stage], tma_bar_ptr=bar)
         for i in cutlass.range_constexpr(pipe.v_boxes):
             cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
-        stage += 1
-        if stage == pipe.own_stages:
-            stage = Int32(0)
-            phase ^= 1
+        stage, phase = pipeline.next_stage(pipe, stage, phase)
     return stage, phase, n + chunks
 
 

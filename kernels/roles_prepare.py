@@ -23,7 +23,6 @@ def gates(pipe: cutlass.Constexpr, half: Int32, shared: Shared, inputs: gate.Inp
     """
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
     A_log, dt_bias, lower_bound = inputs
-    S = pipe.stages
     lane = cute.arch.lane_idx()
     bias_at = shared.bias + half * 256
     stage, phase = Int32(0), Int32(0)
@@ -45,10 +44,7 @@ def gates(pipe: cutlass.Constexpr, half: Int32, shared: Shared, inputs: gate.Inp
                 lane,
             )
             cute.arch.mbarrier_arrive(bars.gated + stage)
-            stage += 1
-            if stage == S:
-                stage = Int32(0)
-                phase ^= 1
+            stage, phase = pipeline.next_stage(pipe, stage, phase)
 
 
 @cute.jit
@@ -60,7 +56,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
     """
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
     A_log, dt_bias, lower_bound = inputs
-    S, P, blocks, rank = pipe.own_stages, pipe.pairs, pipe.blocks, pipe.rank()
+    P, blocks, rank = pipe.pairs, pipe.blocks, pipe.rank()
     pair, half, bias_at = warp // 2, warp % 2, shared.bias + warp * 256
     lane = cute.arch.lane_idx()
     row = lane // 4
@@ -79,11 +75,11 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
         tokens += n * C  # from the block's first chunk on, as c
         for c in cutlass.range(first, end, blocks * P, unroll=1):
             own = c // blocks
-            stage, slot = own % S, own % SYSTEMS
+            stage, slot = pipeline.own_stage(pipe, own), own % SYSTEMS
             left = tokens - c * C
             sStage = ring + stage * pipe.tiles.size
             system = shared.systems + slot * SYSTEM
-            barriers.wait(bars.raw_full + stage, own // S & 1, lane)
+            barriers.wait(bars.raw_full + stage, pipeline.own_phase(pipe, own), lane)
             if left < C:
                 chunk.clear_tail(pipe, lane, half, left, sStage)
             if const_expr(pipe.gate_warps == 0):
@@ -91,7 +87,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
                     pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
                 )
             else:
-                barriers.wait(bars.gated + stage, own // S & 1, lane)
+                barriers.wait(bars.gated + stage, pipeline.own_phase(pipe, own), lane)
             cute.arch.sync_warp()
             tile_kq = sStage + half * pipe.tiles.k_half + tile
             tile_kr = sStage + pipe.tiles.at_g + half * pipe.tiles.kr_half + tile
@@ -109,7 +105,8 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
             if const_expr(P > SYSTEMS):
                 # other pairs use it too: a phase says whose turn it is only to who is not late
                 if own >= P:
-                    barriers.wait(bars.solved + (own - P) % S, (own - P) // S & 1, lane)
+                    last = pipeline.own_stage(pipe, own - P)
+                    barriers.wait(bars.solved + last, pipeline.own_phase(pipe, own - P), lane)
             barriers.wait(bars.a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
             for i in cutlass.range_constexpr(4 if pipe.queries else 0):
                 q_sum = fragments.quad_sum(q2[i])
@@ -148,13 +145,13 @@ def invert(
         next_beta = scalars.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
         for c in cutlass.range(first, end, pipe.blocks, unroll=1):
             own = c // pipe.blocks
-            stage, slot = own % pipe.own_stages, own % SYSTEMS
+            stage, slot = pipeline.own_stage(pipe, own), own % SYSTEMS
             system = shared.systems + slot * SYSTEM
             norm_at = sTables + stage * TABLES + NORM
             raw_beta = next_beta
             next_beta = scalars.load_beta(beta, beta_at, H, (c + pipe.blocks) * C + lane, tokens, flags)
             # what makes the stage's tables ours: `state` has left them, the loads have come
-            cute.arch.mbarrier_wait(bars.raw_full + stage, own // pipe.own_stages & 1)
+            cute.arch.mbarrier_wait(bars.raw_full + stage, pipeline.own_phase(pipe, own))
             cute.arch.mbarrier_wait(bars.a_full + slot, own // SYSTEMS & 1)
             exists = c * C + lane < tokens
             b_i = inverse.scalars_of(pipe, system, norm_at, raw_beta, exists, scale, flags, lane)
