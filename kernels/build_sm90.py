@@ -16,9 +16,9 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
+from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
 from . import (
@@ -34,8 +34,9 @@ from . import (
     schedule,
     segments,
     state_io,
+    update,
 )
-from .arguments import fake_tensors
+from .arguments import by_token, fake_tensors, tiled_mma, tma
 from .barriers import Barriers
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .layout import DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
@@ -109,42 +110,22 @@ class KdaBuildSm90:
         workers: Int32,
         stream: cuda.CUstream,
     ):
-        box = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, BFloat16), (C, 64), (0, 1))
-        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.pipe.g_type)
-        g_box = cute.tile_to_shape(g_atom, (C, D // self.pipe.g_boxes), (0, 1))
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        mK, mV, mG = [
-            cute.make_tensor(m.iterator, cute.select(m.layout, mode=[1, 3, 2, 0])) for m in (mK, mV, mG)
-        ]  # [B, T, H, D] -> (T, D, H, B)
-        k_tma, v_tma = [cpasync.make_tiled_tma_atom(load, m, box, (C, 64)) for m in (mK, mV)]
-        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.pipe.g_boxes))
-
-        def mma(n, b_major):
-            op = warpgroup.MmaF16BF16Op(
-                BFloat16, Float32, (64, n, 16), OperandSource.RMEM, OperandMajorMode.K, b_major
-            )  # fmt: skip
-            return cute.make_tiled_mma(op)
-
+        load, g_cols = cpasync.CopyBulkTensorTileG2SOp(), D // self.pipe.g_boxes
+        mK, mV, mG = by_token((mK, mV, mG))
+        k_tma, v_tma = [tma(load, m, BFloat16, 64) for m in (mK, mV)]
+        g_tma = tma(load, mG, self.pipe.g_type, g_cols)
         items = N * cute.size(mG.shape[2])
         self.build(
             k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], mG, beta, A_log, dt_bias, cu_seqlens, workspace,
-            items, workers, lower_bound, flags, mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            items, workers, lower_bound, flags, tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[workers // 2 * 2, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[2, 1, 1], stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
         self.chain(
-            initial_state,
-            state_indices,
-            P,
-            cu_seqlens,
-            workspace,
-            items,
-            cute.size(mG.shape[2]),
-            cute.size(mG.shape[0]),
-            workers,
-            flags,
-        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)
+            initial_state, state_indices, P, cu_seqlens, workspace, items, cute.size(mG.shape[2]),
+            cute.size(mG.shape[0]), workers, flags,
+        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)  # fmt: skip
 
     # ------------------------------------------------------------------ the maps
 
@@ -304,22 +285,19 @@ class KdaBuildSm90:
         warp, lane = thread // 32, cute.arch.lane_idx()
         col = lane % 4 * 2
 
-        def operand_a(mma, k):
-            return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
-
-        def operand_b(mma, t):
-            return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(t))
-
-        def fragment(mma, n):
-            return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
-
         kind = SmemLayoutAtomKind
-        bK = operand_b(mma_k, pipeline.staged(pipe, ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
+        bK = fragments.operand_b(mma_k, thread, pipeline.staged(pipe, ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
         sKr = pipeline.staged(pipe, ring + pipe.tiles.at_g, BFloat16, kind.MN_SW128, (D, pipe.g_boxes // 2 * C), (1, 0))
-        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, pipe.stages), (0, 0, 0)))
-        bT = operand_b(mma_k, pipeline.staged(pipe, ring + pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-        acc_s, acc_r, acc_u = fragment(mma_s, D), fragment(mma_k, C), fragment(mma_k, C)
-        fS, fU = operand_a(mma_k, D), operand_a(mma_k, C)
+        bKr = fragments.operand_b(mma_s, thread, cute.local_tile(sKr, (D, C, pipe.stages), (0, 0, 0)))
+        bT = fragments.operand_b(
+            mma_k, thread, pipeline.staged(pipe, ring + pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1))
+        )
+        acc_s, acc_r, acc_u = (
+            fragments.accumulators(mma_s, thread, D),
+            fragments.accumulators(mma_k, thread, C),
+            fragments.accumulators(mma_k, thread, C),
+        )
+        fS, fU = fragments.operand_a(mma_k, thread, D), fragments.operand_a(mma_k, thread, C)
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
         has_v = Uint32(0) - Uint32(wg == 0)  # all bits or none
@@ -331,10 +309,7 @@ class KdaBuildSm90:
                 one = (wg == 1) & (row + i // 2 % 2 * 8 == channel + i // 4 * 8 + i % 2)
                 acc_s[i] = Float32(Int32(one))
             for _ in cutlass.range(tokens // C, unroll=1):
-                stage, phase, is_own = pipeline.stage_of(pipe, n)
-                prepared, inverted = bars.ready + stage, bars.solved + stage
-                if not is_own:
-                    prepared, inverted = bars.raw_full + stage, bars.gated + stage
+                stage, phase, is_own, prepared, inverted = pipeline.made(pipe, bars, n)
                 cute.arch.mbarrier_wait(prepared, phase)
                 fragments.to_operand(acc_s, fS)
                 warpgroup.fence()
@@ -345,33 +320,13 @@ class KdaBuildSm90:
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
                 v_at = ring.toint() + pipe.tiles.at_v + stage * pipe.tiles.size + t_row + t_col
-                v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-                r = cute.make_rmem_tensor((C // 2,), Float32)
-                for n8 in cutlass.range_constexpr(C // 8):
-                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
-                    for half in cutlass.range_constexpr(2):
-                        w, e = fragments.pair(v[2 * n8 + half] & has_v, self.config.dtype), 4 * n8 + 2 * half
-                        r[e] = ptx.fma(-acc_r[e], rk[0], w[0])
-                        r[e + 1] = ptx.fma(-acc_r[e + 1], rk[1], w[1])
-                if const_expr(self.config.neg_eigval):
-                    fragments.scale_columns(r, norm_at + 2 * C * 4)
-                fragments.to_operand(r, fU)
-                warpgroup.fence()
-                fragments.gemm(mma_k, acc_u, fU, bT[None, None, None, stage], True)
-                warpgroup.commit_group()
-                fragments.scale_columns(acc_s, decay_at)
-                warpgroup.wait_group(0)
-                if const_expr(self.config.neg_eigval):
-                    fragments.scale_columns(acc_u, norm_at)
-                fragments.to_operand(acc_u, fU)
+                fragments.to_operand(update.residual(pipe, acc_r, v_at, norm_at, has_v), fU)
+                update.updates(pipe, mma_k, acc_u, fU, bT[None, None, None, stage], acc_s, norm_at, decay_at)
                 warpgroup.fence()
                 fragments.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
                 warpgroup.commit_group()
                 warpgroup.wait_group(0)
-                cute.arch.mbarrier_arrive(bars.empty + stage)
-                cute.arch.sync_warp()
-                for bar in (bars.empty + n // 2 % pipe.own_stages, bars.left):
-                    ptx.remote_arrive(bar.toint(), rank ^ 1, (lane == 0) & (not is_own))
+                pipeline.leave(pipe, bars, n, stage, is_own, lane)
                 n += 1
             at = segments.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)
             for i in cutlass.range_constexpr(16):

@@ -74,6 +74,21 @@ def delta(i: Int32, j: cutlass.Constexpr[int]) -> Float32:
     return Float32(1.0) if i == j else Float32(0.0)
 
 
+def operand_a(mma: cute.TiledMma, thread: Int32, k: int) -> cute.Tensor:
+    """A warpgroup's operand A [64, k], in registers."""
+    return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
+
+
+def operand_b(mma: cute.TiledMma, thread: Int32, tile: cute.Tensor) -> cute.Tensor:
+    """What describes an operand B in shared memory."""
+    return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(tile))
+
+
+def accumulators(mma: cute.TiledMma, thread: Int32, n: int) -> cute.Tensor:
+    """A warpgroup's accumulators [64, n]."""
+    return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
+
+
 def gemm(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
     """acc += a b, or a b if `clear`: WGMMA with operand A in registers, B in shared memory."""
     for k in range(cute.size(a, mode=[2])):

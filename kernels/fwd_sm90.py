@@ -34,12 +34,11 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.memory import SmemAllocator
 
 from . import barriers, chunk, gate, ptx, roles_cluster, roles_load, roles_prepare, roles_state, schedule
-from .arguments import fake_tensors
+from .arguments import by_token, fake_tensors, tiled_mma, tma
 from .barriers import Barriers
 from .config import KdaFwdConfig
 from .layout import BOX, SYSTEM, SYSTEMS, TABLES, C, D, Stage
@@ -104,24 +103,14 @@ class KdaFwdSm90:
         max_blocks: Int32,
         stream: cuda.CUstream,
     ):
-        box = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, BFloat16), (C, 64), (0, 1))
-        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.pipe.g_type)
-        g_box = cute.tile_to_shape(g_atom, (C, D // self.pipe.g_boxes), (0, 1))
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        by_token = [1, 3, 2, 0]  # [B, T, H, D] -> (T, D, H, B)
-        mQ, mK, mV, mG, mO = [
-            cute.make_tensor(m.iterator, cute.select(m.layout, mode=by_token)) for m in (mQ, mK, mV, mG, mO)
-        ]
-        q_tma, k_tma, v_tma = [cpasync.make_tiled_tma_atom(load, m, box, (C, 64)) for m in (mQ, mK, mV)]
-        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.pipe.g_boxes))
-        o_tma = cpasync.make_tiled_tma_atom(store, mO, box, (C, 64))
-
-        def mma(n, b_major):
-            op = warpgroup.MmaF16BF16Op(
-                BFloat16, Float32, (64, n, 16), OperandSource.RMEM, OperandMajorMode.K, b_major
-            )  # fmt: skip
-            return cute.make_tiled_mma(op)
-
+        load, store, g_cols = (
+            cpasync.CopyBulkTensorTileG2SOp(),
+            cpasync.CopyBulkTensorTileS2GOp(),
+            D // self.pipe.g_boxes,
+        )
+        mQ, mK, mV, mG, mO = by_token((mQ, mK, mV, mG, mO))
+        q_tma, k_tma, v_tma = [tma(load, m, BFloat16, 64) for m in (mQ, mK, mV)]
+        g_tma, o_tma = tma(load, mG, self.pipe.g_type, g_cols), tma(store, mO, BFloat16, 64)
         items = N * cute.size(mO.shape[2])
         workers = max_blocks // self.pipe.blocks
         grid = workers * self.pipe.blocks
@@ -131,7 +120,7 @@ class KdaFwdSm90:
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
             mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints,
             first_checkpoints, every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags,
-            mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            tiled_mma(2 * C, OperandMajorMode.K), tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[self.pipe.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,

@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from . import gate, schedule
+from . import gate, ptx, schedule
 from .arguments import TYPES
 from .barriers import Barriers
 from .config import KdaBuildConfig, KdaFwdConfig
@@ -140,6 +140,28 @@ def stage_of(pipe: cutlass.Constexpr, n: Int32):
         if not is_own:
             stage, phase = Int32(pipe.own_stages), m & 1
     return stage, phase, is_own
+
+
+@cute.jit
+def made(pipe: cutlass.Constexpr, bars: Barriers, n: Int32):
+    """Of the n-th chunk: (stage, phase, whether this block prepares it, the mbarrier that says that Kd, Qd, Kr and M
+    are there, and that of T and the norms)."""
+    stage, phase, is_own = stage_of(pipe, n)
+    prepared, inverted = bars.ready + stage, bars.solved + stage
+    if const_expr(pipe.blocks == 2):
+        if not is_own:
+            prepared, inverted = bars.raw_full + stage, bars.gated + stage
+    return stage, phase, is_own, prepared, inverted
+
+
+@cute.jit
+def leave(pipe: cutlass.Constexpr, bars: Barriers, n: Int32, stage: Int32, is_own: Boolean, lane: Int32):
+    """The states leave the n-th chunk's stage, and that of the block which has sent it."""
+    cute.arch.mbarrier_arrive(bars.empty + stage)
+    if const_expr(pipe.blocks == 2):
+        cute.arch.sync_warp()
+        for bar in (bars.empty + n // 2 % pipe.own_stages, bars.left):
+            ptx.remote_arrive(bar.toint(), pipe.rank() ^ 1, (lane == 0) & (not is_own))
 
 
 def staged(pipe: cutlass.Constexpr, base, dtype, kind, shape, order, stride=None):

@@ -8,7 +8,7 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 
-from . import fragments, pipeline, ptx, recurrence, segments, state_io
+from . import fragments, pipeline, ptx, recurrence, segments, state_io, update
 from .layout import BOX, DECAY, NORM, STATE_BAR, TABLES, C, D
 from .pipeline import Shared
 from .schedule import AT_GUESSED, AT_WARM_UP, Fate, Listed
@@ -37,25 +37,20 @@ def state(
     warp, lane = thread // 32, cute.arch.lane_idx()
     col = lane % 4 * 2
 
-    def operand_a(mma, k):
-        return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
-
-    def operand_b(mma, t):
-        return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(t))
-
-    def fragment(mma, n):
-        return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
-
     kind = SmemLayoutAtomKind
-    bKQ = operand_b(mma_ks, pipeline.staged(pipe, ring, BFloat16, kind.K_SW128, (2 * C, D), (0, 1)))
+    bKQ = fragments.operand_b(mma_ks, thread, pipeline.staged(pipe, ring, BFloat16, kind.K_SW128, (2 * C, D), (0, 1)))
     sKr = pipeline.staged(pipe, ring + pipe.tiles.at_g, BFloat16, kind.MN_SW128, (D, pipe.g_boxes // 2 * C), (1, 0))
-    bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, pipe.stages), (0, 0, 0)))
-    bT = operand_b(mma_tm, pipeline.staged(pipe, ring + pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-    bM = operand_b(mma_tm, pipeline.staged(pipe, ring + pipe.tiles.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-    acc_s = fragment(mma_s, D)
-    acc_ro = fragment(mma_ks, 2 * C)  # tokens 0-31: Kd S^T, 32-63: Qd S^T
-    acc_u, acc_o = fragment(mma_tm, C), fragment(mma_tm, C)
-    fS, fU = operand_a(mma_ks, D), operand_a(mma_tm, C)
+    bKr = fragments.operand_b(mma_s, thread, cute.local_tile(sKr, (D, C, pipe.stages), (0, 0, 0)))
+    bT = fragments.operand_b(
+        mma_tm, thread, pipeline.staged(pipe, ring + pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1))
+    )
+    bM = fragments.operand_b(
+        mma_tm, thread, pipeline.staged(pipe, ring + pipe.tiles.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1))
+    )
+    acc_s = fragments.accumulators(mma_s, thread, D)
+    acc_ro = fragments.accumulators(mma_ks, thread, 2 * C)  # tokens 0-31: Kd S^T, 32-63: Qd S^T
+    acc_u, acc_o = fragments.accumulators(mma_tm, thread, C), fragments.accumulators(mma_tm, thread, C)
+    fS, fU = fragments.operand_a(mma_ks, thread, D), fragments.operand_a(mma_tm, thread, C)
 
     sO = pipeline.staged(pipe, out, pipe.dtype, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
     o_row = out.toint() + wg * (2 * BOX)
@@ -103,11 +98,7 @@ def state(
                     state_io.store_checkpoint(
                         acc_s, pipe.config, checkpoints, (first + before // every) * H + h, vs, flags
                     )
-            stage, phase, is_own = pipeline.stage_of(pipe, n)
-            prepared, inverted = bars.ready + stage, bars.solved + stage
-            if const_expr(pipe.blocks == 2):
-                if not is_own:
-                    prepared, inverted = bars.raw_full + stage, bars.gated + stage
+            stage, phase, is_own, prepared, inverted = pipeline.made(pipe, bars, n)
             cute.arch.mbarrier_wait(prepared, phase)
             fragments.to_operand(acc_s, fS)
             # [Kd S^T | Qd S^T]^T
@@ -121,30 +112,12 @@ def state(
             cute.arch.mbarrier_wait(inverted, phase)
             warpgroup.wait_group(0)
             v_at = ring.toint() + pipe.tiles.at_v + stage * pipe.tiles.size + wg * BOX + t_row + t_col
-            v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-            # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
-            r = cute.make_rmem_tensor((C // 2,), Float32)
-            for n8 in cutlass.range_constexpr(C // 8):
-                rk = ptx.lds_f32x2(norm_at + n8 * 32)
-                for half in cutlass.range_constexpr(2):
-                    w, e = fragments.pair(v[2 * n8 + half], pipe.config.dtype), 4 * n8 + 2 * half
-                    r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
-                    r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
-            if const_expr(pipe.config.neg_eigval):
-                fragments.scale_columns(r, norm_at + 2 * C * 4)
+            r = update.residual(pipe, acc_ro, v_at, norm_at)
             # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
             for e in cutlass.range_constexpr(C // 2):
                 acc_o[e] = acc_ro[C // 2 + e]
             fragments.to_operand(r, fU)
-            # U = T R
-            warpgroup.fence()
-            fragments.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
-            warpgroup.commit_group()
-            fragments.scale_columns(acc_s, decay_at)
-            warpgroup.wait_group(0)
-            if const_expr(pipe.config.neg_eigval):
-                fragments.scale_columns(acc_u, norm_at)
-            fragments.to_operand(acc_u, fU)
+            update.updates(pipe, mma_tm, acc_u, fU, bT[None, None, None, stage], acc_s, norm_at, decay_at)
             # O += M U, then S += U^T Kr behind it
             warpgroup.fence()
             fragments.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
@@ -161,14 +134,10 @@ def state(
             ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
             ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
             warpgroup.wait_group(0)
-            cute.arch.mbarrier_arrive(bars.empty + stage)  # as early as can be: the ring is what limits
-            if const_expr(pipe.blocks == 2):
-                cute.arch.sync_warp()
-                for bar in (bars.empty + n // 2 % pipe.own_stages, bars.left):
-                    ptx.remote_arrive(bar.toint(), pipe.rank() ^ 1, (lane == 0) & (not is_own))
+            pipeline.leave(pipe, bars, n, stage, is_own, lane)  # as early as can be: the ring is what limits
             cute.arch.fence_view_async_shared()
             if warp == 0:
-                cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has bars.left the other buffer
+                cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has left the other buffer
             cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
             if written - c * C >= C:
                 if warp == 0:
