@@ -9,9 +9,10 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 
 from . import fragments, pipeline, ptx, recurrence, segments, state_io, update
+from .barriers import Barriers
 from .layout import BOX, DECAY, NORM, STATE_BAR, TABLES, C, D
 from .pipeline import Shared
-from .schedule import AT_GUESSED, AT_WARM_UP, Fate, Listed
+from .schedule import AT_GUESSED, AT_WARM_UP, Entry, Fate, Listed
 
 
 @cute.jit
@@ -66,25 +67,7 @@ def state(
         kept = piece.skipped, piece.checkpoint, every, checkpoints
         chunks = cute.ceil_div(tokens, C)
         place = workspace, most_workers, wg, thread
-        guessed, source = Boolean(False), fate & (Fate.TAKEN_OVER | Fate.AGAIN)
-        if (fate & Fate.SEGMENT) != 0:
-            guessed = ptx.all_of(forget < segments.FORGOTTEN, STATE_BAR + wg)
-            source = Int32(Fate.TAKEN_OVER)
-            if guessed:
-                source = Int32(0)
-                segments.note(acc_s, work.plan, 1, wg * 4 + warp, lane)
-            if const_expr(pipe.blocks == 1):
-                if (fate & Fate.BUILT) != 0:
-                    guessed, source = Boolean(True), Int32(Fate.BUILT)
-        if source != 0:
-            if (warp == 0) & ((fate & Fate.AGAIN) != 0):
-                cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
-            segments.take(pipe.team, acc_s, place, source)
-        elif (fate & (Fate.SEGMENT | Fate.KEPT)) == 0:
-            whence = initial_state
-            if ((fate & Fate.WARM_UP) != 0) | (nh < 0):
-                whence = Int64(0)
-            state_io.load(acc_s, pipe.config, whence, nh, vs, flags)
+        guessed, source = begin(pipe, acc_s, forget, piece, place, initial_state, work, wg, warp, lane, vs, flags)
         state_io.prefetch(pipe.config, initial_state, piece.next_nh, vs, flags)
         forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
         written = tokens  # of o
@@ -151,32 +134,84 @@ def state(
             ptx.sts_i32(work.plan + AT_WARM_UP, start)
         elif not ptx.all_of(recurrence.is_finite(acc_s), STATE_BAR + wg):
             if (fate & Fate.KEPT) == 0:
-                if warp == 0:
-                    cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
-                begin = start
-                if source != 0:
-                    segments.read(pipe.team, acc_s, place, source)
-                elif (fate & Fate.SEGMENT) != 0:  # which has guessed
-                    begin = ptx.lds_i32(work.plan + AT_WARM_UP)
-                    state_io.load(acc_s, pipe.config, Int64(0), nh, vs, flags)
-                else:
-                    whence = initial_state
-                    if nh < 0:
-                        whence = Int64(0)
-                    state_io.load(acc_s, pipe.config, whence, nh, vs, flags)
-                recurrence.token_by_token(pipe, acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept)
-        if (fate & (Fate.COMPARED | Fate.AGAIN)) == Fate.COMPARED:
-            segments.note(acc_s, work.plan, 0, wg * 4 + warp, lane)
-        if (fate & Fate.SEGMENT) != 0:
-            if lane == 0:
-                if (wg == 0) & (warp == 0):
-                    ptx.sts_i32(work.plan + AT_GUESSED, Int32(guessed))
-                cute.arch.mbarrier_arrive(bars.settled)
-        if (fate & Fate.HANDED_ON) != 0:
-            segments.hand_on(pipe.team, acc_s, place, fate, guessed, bars.given)
-        if ((fate & Fate.FINAL) != 0) & (nh >= 0):
-            state_io.store(acc_s, pipe.config, final_state, nh, vs, flags)
+                run_again(
+                    pipe, acc_s, piece, place, source, initial_state, work, inputs, mO, wg, warp, vs, o_row, flags, kept
+                )
+        end(pipe, acc_s, piece, place, guessed, final_state, work, bars, wg, warp, lane, vs, flags)
     cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+@cute.jit
+def begin(
+    pipe: cutlass.Constexpr, acc_s: cute.Tensor, forget: Float32, piece: Entry, place, initial_state: Int64,
+    work: Listed, wg: Int32, warp: Int32, lane: Int32, vs: Int32, flags: Int32,
+):  # fmt: skip
+    """Makes acc_s the state before a piece: (whether it is a guess; where it comes from, if neither from that nor from
+    `initial_state`). A segment finds in acc_s what the chunks before come to, in `forget` their decay."""
+    fate, nh = piece.fate, piece.nh
+    guessed, source = Boolean(False), fate & (Fate.TAKEN_OVER | Fate.AGAIN)
+    if (fate & Fate.SEGMENT) != 0:
+        guessed = ptx.all_of(forget < segments.FORGOTTEN, STATE_BAR + wg)
+        source = Int32(Fate.TAKEN_OVER)
+        if guessed:
+            source = Int32(0)
+            segments.note(acc_s, work.plan, 1, wg * 4 + warp, lane)
+        if const_expr(pipe.blocks == 1):
+            if (fate & Fate.BUILT) != 0:
+                guessed, source = Boolean(True), Int32(Fate.BUILT)
+    if source != 0:
+        if (warp == 0) & ((fate & Fate.AGAIN) != 0):
+            cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
+        segments.take(pipe.team, acc_s, place, source)
+    elif (fate & (Fate.SEGMENT | Fate.KEPT)) == 0:
+        whence = initial_state
+        if ((fate & Fate.WARM_UP) != 0) | (nh < 0):
+            whence = Int64(0)
+        state_io.load(acc_s, pipe.config, whence, nh, vs, flags)
+    return guessed, source
+
+
+@cute.jit
+def run_again(
+    pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, place, source: Int32, initial_state: Int64, work: Listed,
+    inputs, mO: cute.Tensor, wg: Int32, warp: Int32, vs: Int32, o_row: Int32, flags: Int32, kept,
+):  # fmt: skip
+    """A piece token by token, from what it began with."""
+    start, tokens, h, b, nh, fate = piece[:6]
+    if warp == 0:
+        cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
+    first = start
+    if source != 0:
+        segments.read(pipe.team, acc_s, place, source)
+    elif (fate & Fate.SEGMENT) != 0:  # which has guessed
+        first = ptx.lds_i32(work.plan + AT_WARM_UP)
+        state_io.load(acc_s, pipe.config, Int64(0), nh, vs, flags)
+    else:
+        whence = initial_state
+        if nh < 0:
+            whence = Int64(0)
+        state_io.load(acc_s, pipe.config, whence, nh, vs, flags)
+    recurrence.token_by_token(pipe, acc_s, inputs, mO, first, start, tokens, h, b, wg, o_row, flags, kept)
+
+
+@cute.jit
+def end(
+    pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, place, guessed: Boolean, final_state: Int64,
+    work: Listed, bars: Barriers, wg: Int32, warp: Int32, lane: Int32, vs: Int32, flags: Int32,
+):  # fmt: skip
+    """What becomes of S behind a piece."""
+    fate, nh = piece.fate, piece.nh
+    if (fate & (Fate.COMPARED | Fate.AGAIN)) == Fate.COMPARED:
+        segments.note(acc_s, work.plan, 0, wg * 4 + warp, lane)
+    if (fate & Fate.SEGMENT) != 0:
+        if lane == 0:
+            if (wg == 0) & (warp == 0):
+                ptx.sts_i32(work.plan + AT_GUESSED, Int32(guessed))
+            cute.arch.mbarrier_arrive(bars.settled)
+    if (fate & Fate.HANDED_ON) != 0:
+        segments.hand_on(pipe.team, acc_s, place, fate, guessed, bars.given)
+    if ((fate & Fate.FINAL) != 0) & (nh >= 0):
+        state_io.store(acc_s, pipe.config, final_state, nh, vs, flags)
 
 
 @cute.jit
