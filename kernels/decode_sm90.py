@@ -22,7 +22,6 @@ from cutlass.memory import SmemAllocator
 from . import fragments, gate, ptx, scalars, schedule, state_io
 from .arguments import TYPES, fake_tensors
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
-from .gate import G_SCALE, LOG2_1P, LOG2_E
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
@@ -213,7 +212,7 @@ class KdaDecodeSm90:
             ptx.sts_f32(tables[3] + (j * ROWS + thread % ROWS) * 4, raw[3][j, thread % ROWS].to(Float32))
         if thread < self.config.K:
             for j in cutlass.range(left, unroll=1):
-                decay = self.decay_of(raw[2][j, thread].to(Float32), slope, bias, lower_bound)
+                decay = gate.decay_of(self.form, raw[2][j, thread].to(Float32), slope, bias, lower_bound)
                 ptx.sts_f32(tables[2] + (j * self.config.K + thread) * 4, decay)
 
     @cute.jit
@@ -239,7 +238,7 @@ class KdaDecodeSm90:
                 x = self.products(qk, lane)
                 down = cutlass.select_(lane == 0, down_q, down_k)
             for i in cutlass.range_constexpr(2):
-                self.put_vector(tables[i] + at * 4, [qk[i * n + e] for e in range(n)])
+                fragments.put_vector(tables[i] + at * 4, [qk[i * n + e] for e in range(n)])
             norm = 1.0 / down
             if (flags & L2NORM) != 0:
                 norm = ptx.rsqrt(ptx.fma(down * down, Float32(scalars.EPS), x))
@@ -253,12 +252,6 @@ class KdaDecodeSm90:
         words = ptx.lds_u32x2(at) if n == 4 else (ptx.lds_u32(at),)
         return [x for word in words for x in fragments.pair(word, self.config.dtype)]
 
-    def put_vector(self, at: Int32, x) -> None:
-        if len(x) == 4:
-            ptx.sts_f32x4(at, tuple(x))
-        else:
-            ptx.sts_f32x2(at, *x)
-
     def products(self, qk: cute.Tensor, lane: Int32):
         """q q, k k or q k, whichever lane % 4 is."""
         n = self.config.K // 32
@@ -266,7 +259,7 @@ class KdaDecodeSm90:
         for e in range(n):
             q, k = qk[e], qk[n + e]
             sums = [ptx.fma(q, q, sums[0]), ptx.fma(k, k, sums[1]), ptx.fma(q, k, sums[2]), sums[3]]
-        return self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))[0]
+        return fragments.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))[0]
 
     @cute.jit
     def power_below(self, qk: cute.Tensor, first: cutlass.Constexpr):
@@ -280,39 +273,11 @@ class KdaDecodeSm90:
 
     # ------------------------------------------------------------------ a token
 
-    def decay_of(self, g: Float32, slope, bias: Float32, lower_bound: Float32) -> Float32:
-        """exp of the log decay that the gate makes of g; slope: what `slope_of` returns."""
-        slope, shift = slope
-        if self.config.gate == "safe":
-            x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope))
-            return ptx.ex2(x * lower_bound * LOG2_E)
-        if self.config.gate == "softplus":
-            x = ptx.fma(g + bias, Float32(LOG2_E), shift)
-            t = ptx.ex2(-ptx.absolute(x))
-            p = Float32(LOG2_1P[0])
-            for c in LOG2_1P[1:]:
-                p = ptx.fma(p, t, Float32(c))
-            return ptx.ex2(slope * (-1.0 / G_SCALE) * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
-        return ptx.ex2(g * LOG2_E)
-
-    def sum_to_lanes(self, x, lane: Int32, split, whole):
-        """Sums over a warp's lanes of 2^n numbers: a lane has those of x[i], the first bits of i being its own in
-        `split`. Lanes that differ in `whole` have the same."""
-        for mask in split:
-            half, high = len(x) // 2, (lane & mask) != 0
-            x = [
-                cutlass.select_(high, b, a) + cute.arch.shuffle_sync_bfly(cutlass.select_(high, a, b), mask)
-                for a, b in zip(x[:half], x[half:], strict=True)
-            ]
-        for mask in whole:
-            x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
-        return x
-
     def sums(self, S: cute.Tensor, first: int, sQ: Int32, sK: Int32, sA: Int32):
         """Of four rows S <- S diag(a), and S k and S q, over a lane's channels."""
         Sk, Sq, few = [Float32(0.0)] * 4, [Float32(0.0)] * 4, min(self.keys, 4)
         for c in range(0, self.keys, few):  # a few channels at a time: for want of registers
-            q, k, a = (self.vector(s + c * 4, few) for s in (sQ, sK, sA))
+            q, k, a = (fragments.vector(s + c * 4, few) for s in (sQ, sK, sA))
             for i in range(4):
                 for e in range(few):
                     at = self.at(first + i, c + e)
@@ -324,7 +289,7 @@ class KdaDecodeSm90:
         """S <- S + u k^T, of four rows."""
         few = min(self.keys, 4)
         for c in range(0, self.keys, few):
-            k = self.vector(sK + c * 4, few)
+            k = fragments.vector(sK + c * 4, few)
             for i in range(4):
                 for e in range(few):
                     at = self.at(first + i, c + e)
@@ -341,7 +306,7 @@ class KdaDecodeSm90:
         sQ, sK, sA = self.vectors(tables, j, lane * self.keys)
         rq, rk, qk, beta = ptx.lds_f32x4(tables[4] + j * NUMBERS)
         for first in range(0, WARP_ROWS, 4):
-            (x,) = self.sum_to_lanes(self.sums(S, first, sQ, sK, sA), lane, (16, 8, 4), (2, 1))
+            (x,) = fragments.sum_to_lanes(self.sums(S, first, sQ, sK, sA), lane, (16, 8, 4), (2, 1))
             y = cute.arch.shuffle_sync_bfly(x, 16)
             at = row + first + lane // 4 % 4  # whose sums this lane has
             u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), ptx.lds_f32(tables[3] + (j * ROWS + at) * 4))
@@ -354,7 +319,7 @@ class KdaDecodeSm90:
     def send_sums(self, S: cute.Tensor, tables, j: Int32, warp: Int32, lane: Int32) -> None:
         """Token j, K first: a lane has 4 rows of some channels; the sums of the warp's go to shared memory."""
         sQ, sK, sA = self.vectors(tables, j, (warp * 4 + lane // 8) * self.keys)
-        x = self.sum_to_lanes(self.sums(S, 0, sQ, sK, sA), lane, (16, 8), ())
+        x = fragments.sum_to_lanes(self.sums(S, 0, sQ, sK, sA), lane, (16, 8), ())
         kind, row = lane // 16, lane % 8 * 4 + lane // 8 % 2 * 2
         ptx.sts_f32x2(tables[5] + j % 2 * SUMS + (kind * 4 + warp) * (ROWS * 4) + row * 4, *x)
 
@@ -381,11 +346,6 @@ class KdaDecodeSm90:
         if mine:
             for i in cutlass.range_constexpr(len(o)):
                 out[row + i] = o[i].to(self.dtype)
-
-    def vector(self, at: Int32, n: int):
-        if n == 2:
-            return ptx.lds_f32x2(at)
-        return [x for i in range(n // 4) for x in ptx.lds_f32x4(at + i * 16)]
 
     # ------------------------------------------------------------------ states
 

@@ -34,6 +34,35 @@ def quad_sum(x: Float32) -> Float32:
     return x + cute.arch.shuffle_sync_bfly(x, 2)
 
 
+def sum_to_lanes(x, lane: Int32, split, whole):
+    """Sums over a warp's lanes of 2^n numbers: a lane has those of x[i], the first bits of i being its own in
+    `split`. Lanes that differ in `whole` have the same."""
+    for mask in split:
+        half, high = len(x) // 2, (lane & mask) != 0
+        x = [
+            cutlass.select_(high, b, a) + cute.arch.shuffle_sync_bfly(cutlass.select_(high, a, b), mask)
+            for a, b in zip(x[:half], x[half:], strict=True)
+        ]
+    for mask in whole:
+        x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
+    return x
+
+
+def vector(at: Int32, n: int):
+    """n neighbouring fp32 numbers from shared memory."""
+    if n == 2:
+        return ptx.lds_f32x2(at)
+    return [x for i in range(n // 4) for x in ptx.lds_f32x4(at + i * 16)]
+
+
+def put_vector(at: Int32, x) -> None:
+    """Two or four neighbouring fp32 numbers to shared memory."""
+    if len(x) == 4:
+        ptx.sts_f32x4(at, tuple(x))
+    else:
+        ptx.sts_f32x2(at, *x)
+
+
 def times(x, factors):
     """bf16 pairs times powers of two: exact, or zero."""
     return tuple(ptx.mul_bf16x2(a, b) for a, b in zip(x, factors, strict=True))

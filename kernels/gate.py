@@ -226,6 +226,22 @@ def factor(form: cutlass.Constexpr, g: Float32, slope: Float32, bias: Float32) -
     return ptx.minimum(g * slope, Float32(G_MOST))
 
 
+def decay_of(form: cutlass.Constexpr, g: Float32, slope, bias: Float32, lower_bound: Float32) -> Float32:
+    """exp of the log decay that the gate makes of g, in fp32, for decoding; slope: what `slope_of` returns."""
+    slope, shift = slope
+    if form.kind == "safe":
+        x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope))
+        return ptx.ex2(x * lower_bound * LOG2_E)
+    if form.kind == "softplus":
+        x = ptx.fma(g + bias, Float32(LOG2_E), shift)
+        t = ptx.ex2(-ptx.absolute(x))
+        p = Float32(LOG2_1P[0])
+        for c in LOG2_1P[1:]:
+            p = ptx.fma(p, t, Float32(c))
+        return ptx.ex2(slope * (-1.0 / G_SCALE) * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
+    return ptx.ex2(g * LOG2_E)
+
+
 def log2_of_factor(form: cutlass.Constexpr, lower_bound: Float32) -> Float32:
     """lam: the log2 decay is lam times the gate's factor."""
     if form.kind == "safe":

@@ -1,4 +1,4 @@
-"""What `gates` and `prepare` make of a chunk, run warp by warp on the CPU, against the paper's formulas in fp64."""
+"""What `gates`, `prepare` and `invert` make of a chunk, run warp by warp on the CPU, against formulas in fp64."""
 
 from __future__ import annotations
 
@@ -206,3 +206,36 @@ def test_prepare(
         error, size = np.linalg.norm(got[name] - x), np.linalg.norm(x)
         print(f"{name} {error / size:.1e} {error / np.linalg.norm(whole[name]):.1e}", end=" ")
         assert error < 2 * 2.0**-9 * size + 1e-7 * np.linalg.norm(whole[name]), name
+
+
+@pytest.mark.parametrize("neg_eigval", [False, True])
+def test_invert(neg_eigval: bool) -> None:
+    """T = diag(1/|k|) (I + A)^-1 diag(beta), or bare, of keys that are alike, so that it is not near the identity."""
+    rng = np.random.default_rng(0)
+    pipe = pipeline_of(KdaFwdConfig(neg_eigval=neg_eigval))
+    k = rng.standard_normal((C, D)) + 1
+    rk, beta = 1 / np.linalg.norm(k, axis=1), rng.random(C) * (2 if neg_eigval else 1)
+    A = np.tril(k @ k.T, -1)
+    inverse = np.linalg.inv(np.eye(C) + (beta * rk)[:, None] * A * rk)
+    warp, norm_at, stage = Warp(), TABLE, 0
+    system = np.zeros((C, A_ROW // 4), f32)
+    system[:, :C] = A.T
+    for at, x in (
+        (SYS, system.reshape(-1)),
+        (SYS + SQUARES, -rk * beta),
+        (norm_at, rk),
+        (norm_at + 2 * C * 4, beta),
+    ):
+        x = np.asarray(x, f32)
+        warp.memory[at : at + x.nbytes] = x.view(np.uint8)
+    with on_the_cpu(roles, warp), pytest.MonkeyPatch.context() as m:
+        m.setattr(fragments, "delta", lambda i, j: np.where(i == j, f32(1), f32(0)))
+        roles.inverse.of_chunk(pipe, SYS, norm_at, STAGE, stage, beta.astype(f32), LANES)
+    row, col = np.indices((C, C))
+    at = STAGE + pipe.tiles.at_t + row * 64 + ((col // 8) ^ (row // 2 % 4)) * 16 + col % 8 * 2
+    bits = warp.memory[at].astype(np.uint32) | warp.memory[at + 1].astype(np.uint32) << 8
+    got = (bits << 16).astype(np.uint32).view(f32)
+    want = inverse if neg_eigval else rk[:, None] * inverse * beta
+    assert (got[:16, 16:] == 0).all()
+    assert np.abs(got - want).max() < 2.0**-8 * np.abs(want).max()
+    assert np.linalg.norm(got - want) < 2.0**-8 * np.linalg.norm(want)
