@@ -40,7 +40,7 @@ from .arguments import by_token, fake_tensors, tiled_mma, tma
 from .barriers import Barriers
 from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
 from .layout import DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
-from .pipeline import Pipeline, Shared, g_boxes, v_boxes
+from .pipeline import Pipeline, Registers, Shared, g_boxes, v_boxes
 from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, PLAN, SPAN, Fate
 
 ROWS = 16  # of the state, in a block of `chain`
@@ -54,6 +54,8 @@ def pipeline_of(config: KdaBuildConfig) -> Pipeline:
     return Pipeline(
         config, tiles, threads=640, prepare_wgs=1, pairs=2, gate_warps=2, state_wgs=2, queries=False, gates_rolled=True,
         whole=True,
+        # to share out are the 96 a lane that 640 threads get at their launch
+        registers=Registers(load=40, gates=64, prepare=88, state=144),
         lists=False,
     )  # fmt: skip
 
@@ -87,8 +89,6 @@ class Chosen:
 class KdaBuildSm90:
     def __init__(self, config: KdaBuildConfig):
         self.config, self.pipe = config, pipeline_of(config)
-        # to share out are the 96 a lane that 640 threads get at their launch
-        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 40, 64, 88, 144
 
     @cute.jit
     def __call__(
@@ -176,7 +176,7 @@ class KdaBuildSm90:
             cute.arch.cluster_wait()
 
             if warp < 4:
-                cute.arch.setmaxregister_decrease(self.regs_load)
+                cute.arch.setmaxregister_decrease(pipe.registers.load)
                 if warp == 0:
                     roles_load.load_all(pipe, (None, (k_tma, mK), (v_tma, mV), (g_tma, mG)), shared, work)
                 elif warp == 1:
@@ -184,16 +184,16 @@ class KdaBuildSm90:
                 elif warp == 2:
                     roles_cluster.fetch(pipe, v_tma, mV, shared, work)
             elif warp < 8:
-                cute.arch.setmaxregister_decrease(self.regs_gates)
+                cute.arch.setmaxregister_decrease(pipe.registers.gates)
                 if warp < 6:
                     self.gates(warp - 4, shared, gate_inputs, work)
                 elif warp == 6:
                     roles_prepare.invert(pipe, shared, beta, Float32(1.0), flags, H, T, work)
             elif warp < 12:
-                cute.arch.setmaxregister_decrease(self.regs_prepare)
+                cute.arch.setmaxregister_decrease(pipe.registers.prepare)
                 roles_prepare.prepare(pipe, warp - 8, shared, gate_inputs, work)
             else:
-                cute.arch.setmaxregister_increase(self.regs_state)
+                cute.arch.setmaxregister_increase(pipe.registers.state)
                 self.maps((warp - 12) // 4, shared, mma_k, mma_s, workspace, workers, work)
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -211,13 +211,14 @@ class KdaBuildSm90:
         plan, worker, nth = sPlan + wg // 2 % 2 * PLAN, first + wg // 2, wg % 2
         weak = Int32(0)
         if (wg < 4) & (ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END)):
-            _, start, tokens, h, b, _, fate, span, _ = schedule.find_piece(
+            piece = schedule.find_piece(
                 ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
             )
-            if (fate & Fate.COMPARED) != 0:
+            start, tokens, h, b = piece.start, piece.tokens, piece.h, piece.b
+            if (piece.fate & Fate.COMPARED) != 0:
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
-                if worker + 1 + nth <= span // SPAN:
+                if worker + 1 + nth <= piece.span // SPAN:
                     slope, shift = gate.slope_of_head(self.pipe.form, A_log, h)
                     bias, total = Float32(0.0), Float32(0.0)
                     if dt_bias != 0:
@@ -262,7 +263,8 @@ class KdaBuildSm90:
         lane, bias_at, n = cute.arch.lane_idx(), shared.bias + half * 256, Int32(0)
         stage, phase = Int32(0), Int32(0)
         for nth in cutlass.range(work.count(), unroll=1):
-            tokens, h = work.piece(nth)[1:3]
+            segment = work.piece(nth)
+            tokens, h = segment.tokens, segment.h
             slope, end = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
             for _ in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
                 barriers.wait(bars.raw_full + stage, phase, lane)
@@ -303,12 +305,12 @@ class KdaBuildSm90:
         has_v = Uint32(0) - Uint32(wg == 0)  # all bits or none
         n, rank = Int32(0), pipe.rank()
         for nth in cutlass.range(work.count(), unroll=1):
-            _, tokens, _, _, worker = work.piece(nth)
+            segment = work.piece(nth)
             row, channel = rank * 64 + warp * 16 + lane // 4, col
             for i in cutlass.range_constexpr(64):
                 one = (wg == 1) & (row + i // 2 % 2 * 8 == channel + i // 4 * 8 + i % 2)
                 acc_s[i] = Float32(Int32(one))
-            for _ in cutlass.range(tokens // C, unroll=1):
+            for _ in cutlass.range(segment.tokens // C, unroll=1):
                 stage, phase, is_own, prepared, inverted = pipeline.made(pipe, bars, n)
                 cute.arch.mbarrier_wait(prepared, phase)
                 fragments.to_operand(acc_s, fS)
@@ -328,7 +330,7 @@ class KdaBuildSm90:
                 warpgroup.wait_group(0)
                 pipeline.leave(pipe, bars, n, stage, is_own, lane)
                 n += 1
-            at = segments.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)
+            at = segments.map_at(workspace, workers, segment.worker, wg * 2 + rank) + Int64(thread * 16)
             for i in cutlass.range_constexpr(16):
                 ptx.stg_f32x4(at + i * 2048, tuple(acc_s[4 * i + j] for j in range(4)))
 

@@ -18,7 +18,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
 from . import fragments, ptx
-from .layout import A_ROW, BOX, QUAD, SQUARES, C
+from .layout import A_ROW, BOX, OFFSETS, QUAD, SHIFTS, SQUARES, TO_END, C
 
 SUMS = 48  # of products over channels, that a lane has: of 12 of 16 x 8 with frames of 16 tokens, of 10 with 8
 QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 blocks of A and M
@@ -66,11 +66,11 @@ def decay(
     F = pipe.form.frames
     at = [table + nt * 64 for nt in range(2)]  # by half of the channels
     g = [ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True) for s in range(2)]
-    offset = [ptx.lds_f32x4(a) + (ptx.lds_f32x4(a + 512) if F == 4 else ()) for a in at]
+    offset = [ptx.lds_f32x4(a + OFFSETS[0]) + (ptx.lds_f32x4(a + OFFSETS[1]) if F == 4 else ()) for a in at]
     ahead = 2 if pipe.queries else 1  # without q there are fewer registers
     tiles = [tile_of(pipe, tile_kq, s) for s in range(ahead)]
-    shifts = [ptx.lds_u32x2(a + 1032) + (ptx.lds_u32x2(a + 1536) if F == 4 else ()) for a in at]
-    w = [ptx.lds_f32x2(a + 1024) for a in at]
+    shifts = [ptx.lds_u32x2(a + SHIFTS[0]) + (ptx.lds_u32x2(a + SHIFTS[1]) if F == 4 else ()) for a in at]
+    w = [ptx.lds_f32x2(a + TO_END) for a in at]
     roots = shifts = list(zip(*shifts, strict=True))  # by frame
     if pipe.form.step == 2:
         shifts = [shifts[0], *(fragments.times(x, x) for x in shifts[1:])]

@@ -42,17 +42,20 @@ from .arguments import by_token, fake_tensors, tiled_mma, tma
 from .barriers import Barriers
 from .config import KdaFwdConfig
 from .layout import BOX, SYSTEM, SYSTEMS, TABLES, C, D, Stage
-from .pipeline import Pipeline, Shared, g_boxes, v_boxes
+from .pipeline import Pipeline, Registers, Shared, g_boxes, v_boxes
 from .schedule import PLAN, Listed
 
 
 def pipeline_of(config: KdaFwdConfig) -> Pipeline:
     prepare_wgs, state_wgs = 2 if config.v_split == 2 else 1, v_boxes(config)
     gate_warps = 0 if config.v_split == 2 else 2
+    threads = 128 * (1 + prepare_wgs + state_wgs)
+    # Those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has.
+    registers = Registers(64, 128, 160) if config.v_split == 1 else Registers(72, 136, 168)
     return Pipeline(
         config,
         Stage.of(g_boxes(config), v_boxes(config)),
-        threads=128 * (1 + prepare_wgs + state_wgs),
+        threads=threads,
         prepare_wgs=prepare_wgs,
         # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
         pairs=min(2 * prepare_wgs, config.stages - (config.v_split - 1)),
@@ -62,6 +65,7 @@ def pipeline_of(config: KdaFwdConfig) -> Pipeline:
         # Four times the same code where `prepare` has it is more than the instruction cache has room for.
         gates_rolled=gate_warps == 0,
         whole=False,
+        registers=registers if threads == 512 else None,  # with fewer warps all have enough
         lists=True,
     )
 
@@ -69,10 +73,6 @@ def pipeline_of(config: KdaFwdConfig) -> Pipeline:
 class KdaFwdSm90:
     def __init__(self, config: KdaFwdConfig):
         self.config, self.pipe = config, pipeline_of(config)
-        self.sets_registers = self.pipe.threads == 512  # with fewer warps all have enough
-        # registers a lane: those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has
-        registers = (64, 128, 160) if config.v_split == 1 else (72, 136, 168)
-        self.regs_load, self.regs_prepare, self.regs_state = registers
 
     # ------------------------------------------------------------------ host side
 
@@ -189,8 +189,8 @@ class KdaFwdSm90:
             cute.arch.cluster_wait()
 
         if warp < 4:
-            if const_expr(self.sets_registers):
-                cute.arch.setmaxregister_decrease(self.regs_load)
+            if const_expr(pipe.registers is not None):
+                cute.arch.setmaxregister_decrease(pipe.registers.load)
             if warp == 0:
                 roles_load.load(
                     pipe, ((q_tma, tQ), (k_tma, tK), (v_tma, tV), (g_tma, tG)), shared, work, items, H, T,
@@ -208,13 +208,13 @@ class KdaFwdSm90:
                 else:
                     roles_cluster.fetch(pipe, v_tma, tV, shared, work)
         elif warp < 4 + 4 * pipe.prepare_wgs:
-            if const_expr(self.sets_registers):
-                cute.arch.setmaxregister_increase(self.regs_prepare)
+            if const_expr(pipe.registers is not None):
+                cute.arch.setmaxregister_increase(pipe.registers.prepare)
             if warp < 4 + 2 * pipe.pairs:
                 roles_prepare.prepare(pipe, warp - 4, shared, gate_inputs, work)
         else:
-            if const_expr(self.sets_registers):
-                cute.arch.setmaxregister_increase(self.regs_state)
+            if const_expr(pipe.registers is not None):
+                cute.arch.setmaxregister_increase(pipe.registers.state)
             roles_state.state(
                 pipe, (warp - 4 - 4 * pipe.prepare_wgs) // 4, shared, out, (mma_ks, mma_tm, mma_s), o_tma, tO, mO,
                 (initial_state, final_state, checkpoints, every), H, workspace, most_workers, flags, work,

@@ -21,7 +21,12 @@ SYSTEMS = 2  # places, which chunks take in turn
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 3 * C * 4
-ANCHORS = 4 * 512  # of 64 channels, where T and M will be: see `anchors`
+# The anchors of 64 channels, where T and M will be: four tables, 16 bytes for each pair of channels. See gate.anchors.
+ANCHOR_TABLE = 32 * 16
+ANCHORS = 4 * ANCHOR_TABLE
+OFFSETS = 0, ANCHOR_TABLE  # fp32 [2, 2], by frame and channel: of frames 0 and 1, of frames 2 and 3
+TO_END = 2 * ANCHOR_TABLE  # fp32 [2]
+SHIFTS = 2 * ANCHOR_TABLE + 8, 3 * ANCHOR_TABLE  # bf16 [2, 2]: of frames 0 and 1, of frames 2 and 3
 
 
 class Stage(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -15,6 +16,15 @@ from .barriers import Barriers
 from .config import KdaBuildConfig, KdaFwdConfig
 from .layout import C, Stage
 from .segments import Team
+
+
+class Registers(NamedTuple):
+    """A lane's, by role."""
+
+    load: int  # and the others of its warpgroup
+    prepare: int
+    state: int
+    gates: int = 0  # where they are not of that warpgroup
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Pipeline:
     queries: bool  # whether there is q, and with it Qd, M and o
     gates_rolled: bool  # see gate.Form
     whole: bool  # whether all chunks are whole
+    registers: Registers | None  # None: without setmaxnreg all have enough
     lists: bool  # whether `load` lists pieces of work for the others, see schedule.Listed
 
     @property

@@ -19,8 +19,7 @@ def send(pipe: cutlass.Constexpr, shared: Shared, work: Work):
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
     S, other, n = pipe.own_stages, pipe.rank() ^ 1, Int32(0)
     for nth in cutlass.range(work.count(), unroll=1):
-        tokens = work.piece(nth)[1]
-        end = n + cute.ceil_div(tokens, C)
+        end = n + cute.ceil_div(work.piece(nth).tokens, C)
         for c in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
             own = c // 2
             stage = pipeline.own_stage(pipe, own)
@@ -44,8 +43,9 @@ def fetch(pipe: cutlass.Constexpr, v_tma, mV, shared: Shared, work: Work):
     bV = pipeline.staged(pipe, ring + pipe.tiles.at_v, pipe.dtype, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
     lane, rank, stage, n = cute.arch.lane_idx(), pipe.rank(), pipe.own_stages, Int32(0)
     for nth in cutlass.range(work.count(), unroll=1):
-        start, tokens, h, b = work.piece(nth)[:4]
-        sV_, gV = pipeline.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
+        piece = work.piece(nth)
+        tokens = piece.tokens
+        sV_, gV = pipeline.boxes_of(v_tma, mV[None, None, piece.h, piece.b], piece.start, 64, bV)
         end = n + cute.ceil_div(tokens, C)
         for c in cutlass.range(pipeline.first_own(n, rank ^ 1, 2), end, 2, unroll=1):
             phase = c // 2 & 1

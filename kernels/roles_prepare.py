@@ -27,7 +27,8 @@ def gates(pipe: cutlass.Constexpr, half: Int32, shared: Shared, inputs: gate.Inp
     bias_at = shared.bias + half * 256
     stage, phase = Int32(0), Int32(0)
     for nth in cutlass.range(work.count(), unroll=1):
-        tokens, h = work.piece(nth)[1:3]
+        piece = work.piece(nth)
+        tokens, h = piece.tokens, piece.h
         slope = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane)
         for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
             sStage = ring + stage * pipe.tiles.size
@@ -66,7 +67,8 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
 
     n = Int32(0)  # chunks of the pieces before
     for nth in cutlass.range(work.count(), unroll=1):
-        tokens, h = work.piece(nth)[1:3]
+        piece = work.piece(nth)
+        tokens, h = piece.tokens, piece.h
         first, end = pipeline.first_own(n, blocks * pair + rank, blocks * P), n + cute.ceil_div(tokens, C)
         slope = Float32(0.0)
         if const_expr(pipe.gate_warps == 0):
@@ -138,9 +140,10 @@ def invert(
     lane = cute.arch.lane_idx()
     n = Int32(0)
     for nth in cutlass.range(work.count(), unroll=1):
-        start, tokens, h, b = work.piece(nth)[:4]
+        piece = work.piece(nth)
+        tokens = piece.tokens
         first, end = pipeline.first_own(n, pipe.rank(), pipe.blocks), n + cute.ceil_div(tokens, C)
-        beta_at = (Int64(b) * T + start - n * C) * H + h
+        beta_at = (Int64(piece.b) * T + piece.start - n * C) * H + piece.h
         tokens += n * C  # from the block's first chunk on, as c
         next_beta = scalars.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
         for c in cutlass.range(first, end, pipe.blocks, unroll=1):

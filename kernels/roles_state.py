@@ -63,7 +63,7 @@ def state(
     vs = pipe.rank() + wg  # of 64 value rows
     for nth in cutlass.range(work.count(), unroll=1):
         piece = work.piece(nth)
-        start, tokens, h, b, nh, fate = piece[:6]
+        start, tokens, h, b, fate = piece.start, piece.tokens, piece.h, piece.b, piece.fate
         kept = piece.skipped, piece.checkpoint, every, checkpoints
         chunks = cute.ceil_div(tokens, C)
         place = workspace, most_workers, wg, thread
@@ -177,7 +177,7 @@ def run_again(
     inputs, mO: cute.Tensor, wg: Int32, warp: Int32, vs: Int32, o_row: Int32, flags: Int32, kept,
 ):  # fmt: skip
     """A piece token by token, from what it began with."""
-    start, tokens, h, b, nh, fate = piece[:6]
+    start, tokens, h, b, nh, fate = piece.start, piece.tokens, piece.h, piece.b, piece.nh, piece.fate
     if warp == 0:
         cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
     first = start
