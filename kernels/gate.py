@@ -80,7 +80,7 @@ def parameters(
 
 
 def bias(form: cutlass.Constexpr, slope: Float32, shift: Float32, dt_bias: Float32) -> Float32:
-    """Finite unless dt_bias is NaN: -inf in g must stay no decay (see clear_gate)."""
+    """Finite unless dt_bias is NaN: -inf in g must stay no decay (see `clear`)."""
     x = ptx.fma(slope if form.kind == "safe" else Float32(LOG2_E), dt_bias, shift)
     return -ptx.minimum(-ptx.minimum(x, Float32(1e38)), Float32(1e38))
 

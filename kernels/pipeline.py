@@ -29,7 +29,7 @@ class Registers(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Frozen: so the DSL does not carry it through loops."""
+    """A block's warps, and what passes through them. Frozen, so that the DSL does not carry it through loops."""
 
     config: KdaFwdConfig | KdaBuildConfig
     tiles: Stage  # what a stage of the ring holds
@@ -133,7 +133,7 @@ def own_phase(pipe: cutlass.Constexpr, own: Int32) -> Int32:
 
 @cute.jit
 def next_stage(pipe: cutlass.Constexpr, stage: Int32, phase: Int32):
-    """(stage, phase) of the own chunk behind: for who goes from one to the next."""
+    """(stage, phase) of the next chunk that the block prepares, from those of the one before."""
     stage += 1
     if stage == pipe.own_stages:
         stage = Int32(0)

@@ -12,7 +12,7 @@ from .barriers import Barriers
 from .config import MAPS_BUILT
 from .layout import BOX, C, D
 from .pipeline import Shared
-from .schedule import AT_END, AT_PIECES, AT_SEGMENT, PIECE, PIECES, SPAN, Entry, Fate, Listed, Piece, Work
+from .schedule import AT_END, AT_SEGMENT, SPAN, Entry, Fate, Listed, Piece, Work
 from .segments import EXACT, HANDED, NOT_NEEDED
 
 
@@ -142,11 +142,9 @@ def finish(
         segments.tell(pipe.team, workspace, most_workers, Int64(EXACT), hashes, pipe.worker()[0] + 1, readers_end)
     if segment > 0:
         cute.arch.sync_warp()
-        at = sPlan + AT_PIECES + (count - 1) % PIECES * PIECE
-        start, tokens, h, b = ptx.lds_i32x4(at)
-        checkpoint = ptx.lds_i32x4(at + 32)[:2]
-        nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
-        again, not_needed = segments.judge(pipe.team, workspace, most_workers, sPlan, bars.settled, span, fate)
+        entry = work.entry(count - 1)
+        tokens, fate = entry.tokens, entry.fate
+        again, not_needed = segments.judge(pipe.team, workspace, most_workers, sPlan, bars.settled, entry.span, fate)
         handed_on = (fate & Fate.HANDED_ON) != 0
         fate = fate & (Fate.HANDED_ON | Fate.COMPARED)
         if not handed_on:
@@ -155,7 +153,7 @@ def finish(
             fate |= Fate.AGAIN
         else:
             fate, tokens = Fate.KEPT | (fate & Fate.FINAL), Int32(0)
-        entry = Entry(start, tokens, h, b, nh, fate, next_nh, span, *checkpoint)
+        entry = entry._replace(tokens=tokens, fate=fate)
         work.put(count, entry)
         load_piece(pipe, sources, boxes, bars, entry, stage, phase, n)
         if not_needed != 0:

@@ -34,16 +34,9 @@ def gates(pipe: cutlass.Constexpr, half: Int32, shared: Shared, inputs: gate.Inp
             sStage = ring + stage * pipe.tiles.size
             barriers.wait(bars.raw_full + stage, phase, lane)
             gate.of_chunk(
-                pipe.form,
-                slope,
-                bias_at,
-                half,
-                sStage,
-                sTables + stage * TABLES,
-                lower_bound,
-                tokens - c * C,
+                pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C,
                 lane,
-            )
+            )  # fmt: skip
             cute.arch.mbarrier_arrive(bars.gated + stage)
             stage, phase = pipeline.next_stage(pipe, stage, phase)
 

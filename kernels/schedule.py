@@ -112,6 +112,12 @@ class Listed:
         cute.arch.mbarrier_arrive(self.taken + nth % PIECES)
         return Entry(*(ptx.uniform(x) for x in numbers))
 
+    def entry(self, nth: Int32) -> Entry:
+        """A piece that this warp has put there, not long ago."""
+        at = self.plan + AT_PIECES + nth % PIECES * PIECE
+        numbers, checkpoint = ptx.lds_i32x4(at), ptx.lds_i32x4(at + 32)[:2]
+        return Entry(*numbers, *ptx.lds_i32x4(at + 16), *checkpoint)
+
     @cute.jit
     def put(self, nth: Int32, entry: Entry):
         """Lists a piece; by one warp."""
