@@ -51,3 +51,14 @@ class Stage(NamedTuple):
         at_m = at_t + C * C * 2
         at_v = at_m + C * C * 2
         return Stage(k_half, kr_half, at_g, at_t, at_m, at_v, at_v + v_boxes * BOX, at_v if queries else at_m)
+
+
+def slot_of(nth, count: int):
+    """Which of `count` places, taken in turn, is for the nth."""
+    return nth % count
+
+
+def phase_of(nth, count: int):
+    """The parity of the phase in which that place's mbarriers complete for the nth; that of the one before is the
+    other."""
+    return nth // count & 1

@@ -14,7 +14,7 @@ from . import gate, ptx, schedule
 from .arguments import TYPES
 from .barriers import Barriers
 from .config import KdaBuildConfig, KdaFwdConfig
-from .layout import C, Stage
+from .layout import C, Stage, phase_of, slot_of
 from .segments import Team
 
 
@@ -123,12 +123,12 @@ def first_own(n: Int32, phase: Int32, period: int):
 
 def own_stage(pipe: cutlass.Constexpr, own: Int32) -> Int32:
     """Of the own-th of the chunks that the block prepares."""
-    return own % pipe.own_stages
+    return slot_of(own, pipe.own_stages)
 
 
 def own_phase(pipe: cutlass.Constexpr, own: Int32) -> Int32:
     """Of that stage's mbarriers. To be called where it is waited for: made before, it gives other machine code."""
-    return own // pipe.own_stages & 1
+    return phase_of(own, pipe.own_stages)
 
 
 @cute.jit

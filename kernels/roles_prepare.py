@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from . import barriers, chunk, fragments, gate, inverse, pipeline, ptx, scalars
-from .layout import ANCHORS, NORM, PAIR_BAR, SQUARES, SYSTEM, SYSTEMS, TABLES, C
+from .layout import ANCHORS, NORM, PAIR_BAR, SQUARES, SYSTEM, SYSTEMS, TABLES, C, phase_of, slot_of
 from .pipeline import Shared
 from .schedule import Work
 
@@ -70,7 +70,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
         tokens += n * C  # from the block's first chunk on, as c
         for c in cutlass.range(first, end, blocks * P, unroll=1):
             own = c // blocks
-            stage, slot = pipeline.own_stage(pipe, own), own % SYSTEMS
+            stage, slot = pipeline.own_stage(pipe, own), slot_of(own, SYSTEMS)
             left = tokens - c * C
             sStage = ring + stage * pipe.tiles.size
             system = shared.systems + slot * SYSTEM
@@ -102,7 +102,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
                 if own >= P:
                     last = pipeline.own_stage(pipe, own - P)
                     barriers.wait(bars.solved + last, pipeline.own_phase(pipe, own - P), lane)
-            barriers.wait(bars.a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
+            barriers.wait(bars.a_empty + slot, phase_of(own, SYSTEMS) ^ 1, lane)
             for i in cutlass.range_constexpr(4 if pipe.queries else 0):
                 q_sum = fragments.quad_sum(q2[i])
                 if lane % 4 == 0:
@@ -141,14 +141,14 @@ def invert(
         next_beta = scalars.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
         for c in cutlass.range(first, end, pipe.blocks, unroll=1):
             own = c // pipe.blocks
-            stage, slot = pipeline.own_stage(pipe, own), own % SYSTEMS
+            stage, slot = pipeline.own_stage(pipe, own), slot_of(own, SYSTEMS)
             system = shared.systems + slot * SYSTEM
             norm_at = sTables + stage * TABLES + NORM
             raw_beta = next_beta
             next_beta = scalars.load_beta(beta, beta_at, H, (c + pipe.blocks) * C + lane, tokens, flags)
             # what makes the stage's tables ours: `state` has left them, the loads have come
             cute.arch.mbarrier_wait(bars.raw_full + stage, pipeline.own_phase(pipe, own))
-            cute.arch.mbarrier_wait(bars.a_full + slot, own // SYSTEMS & 1)
+            cute.arch.mbarrier_wait(bars.a_full + slot, phase_of(own, SYSTEMS))
             exists = c * C + lane < tokens
             b_i = inverse.scalars_of(pipe, system, norm_at, raw_beta, exists, scale, flags, lane)
             cute.arch.sync_warp()

@@ -14,7 +14,7 @@ from cutlass import Int32, Int64, const_expr
 
 from . import ptx
 from .config import CU_INT64, ITEM_COST, LISTED, part
-from .layout import C
+from .layout import C, phase_of, slot_of
 
 # The plan: of each listed sequence its place on the line of `share`, first token and tokens; sums of warps; of the part
 # of this worker the end, the begin, the number of pieces, its last and first sequence; the pieces that come next.
@@ -104,25 +104,25 @@ class Listed:
 
     @cute.jit
     def piece(self, nth: Int32) -> Entry:
-        at = self.plan + AT_PIECES + nth % PIECES * PIECE
-        cute.arch.mbarrier_wait(self.listed + nth % PIECES, nth // PIECES & 1)
+        at = self.plan + AT_PIECES + slot_of(nth, PIECES) * PIECE
+        cute.arch.mbarrier_wait(self.listed + slot_of(nth, PIECES), phase_of(nth, PIECES))
         numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
         if const_expr(self.checkpoints):
             numbers += ptx.lds_i32x4(at + 32)[:2]
-        cute.arch.mbarrier_arrive(self.taken + nth % PIECES)
+        cute.arch.mbarrier_arrive(self.taken + slot_of(nth, PIECES))
         return Entry(*(ptx.uniform(x) for x in numbers))
 
     def entry(self, nth: Int32) -> Entry:
         """A piece that this warp has put there, not long ago."""
-        at = self.plan + AT_PIECES + nth % PIECES * PIECE
+        at = self.plan + AT_PIECES + slot_of(nth, PIECES) * PIECE
         numbers, checkpoint = ptx.lds_i32x4(at), ptx.lds_i32x4(at + 32)[:2]
         return Entry(*numbers, *ptx.lds_i32x4(at + 16), *checkpoint)
 
     @cute.jit
     def put(self, nth: Int32, entry: Entry):
         """Lists a piece; by one warp."""
-        slot = nth % PIECES
-        cute.arch.mbarrier_wait(self.taken + slot, nth // PIECES & 1 ^ 1)
+        slot = slot_of(nth, PIECES)
+        cute.arch.mbarrier_wait(self.taken + slot, phase_of(nth, PIECES) ^ 1)
         with cute.arch.elect_one():
             to = self.plan + AT_PIECES + slot * PIECE
             ptx.sts_i32x4(to, entry[:4])
