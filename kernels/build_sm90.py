@@ -16,13 +16,14 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
 from . import (
     barriers,
+    chain,
     chunk,
     fragments,
     gate,
@@ -38,15 +39,10 @@ from . import (
 )
 from .arguments import by_token, fake_tensors, tiled_mma, tma
 from .barriers import Barriers
-from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
+from .config import KdaBuildConfig
 from .layout import DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
 from .pipeline import Pipeline, Registers, Shared, g_boxes, v_boxes
 from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, PLAN, SPAN, Fate
-
-ROWS = 16  # of the state, in a block of `chain`
-# Above, products and sums of the chunks in between may overflow where those with a map of all of them do not, and what
-# is NaN without maps would be a number. Such states are waited for, as those that are not finite.
-MODERATE = 2.0**40
 
 
 def pipeline_of(config: KdaBuildConfig) -> Pipeline:
@@ -125,7 +121,7 @@ class KdaBuildSm90:
         self.chain(
             initial_state, state_indices, P, cu_seqlens, workspace, items, cute.size(mG.shape[2]),
             cute.size(mG.shape[0]), workers, flags,
-        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)  # fmt: skip
+        ).launch(grid=[workers, D // chain.ROWS, 1], block=[256, 1, 1], stream=stream)  # fmt: skip
 
     # ------------------------------------------------------------------ the maps
 
@@ -238,7 +234,7 @@ class KdaBuildSm90:
         if thread == 0:
             count = Int32(0)
             for i in cutlass.range_constexpr(2):
-                own, then = self.any_of(sList + 128 + 32 * i), self.any_of(sList + 144 + 32 * i)
+                own, then = chain.any_of(sList + 128 + 32 * i), chain.any_of(sList + 144 + 32 * i)
                 if (first + i + 1 < workers) & (self.pipe.rank() == 0):
                     ptx.stg_i32(segments.map_word(workspace, workers, first + i + 1), own)
                 if (own | then) != 0:
@@ -248,11 +244,6 @@ class KdaBuildSm90:
                     count += 1
             ptx.sts_i32(sList + 128, count)
         cute.arch.sync_threads()
-
-    def any_of(self, at: Int32) -> Int32:
-        """What one of four warps has found."""
-        x = ptx.lds_i32x4(at)
-        return x[0] | x[1] | x[2] | x[3]
 
     @cute.jit
     def gates(self, half: Int32, shared: Shared, inputs: gate.Inputs, work: Chosen):
@@ -346,7 +337,7 @@ class KdaBuildSm90:
         smem = SmemAllocator()
         sPlan = smem.allocate_tensor(Uint8, cute.make_layout(PLAN), byte_alignment=128).iterator.toint()
         sS, sSums = [
-            smem.allocate_tensor(Uint8, cute.make_layout(n * D * ROWS * 4), byte_alignment=128).iterator.toint()
+            smem.allocate_tensor(Uint8, cute.make_layout(n * D * chain.ROWS * 4), byte_alignment=128).iterator.toint()
             for n in (1, 4)
         ]
         sExtreme = smem.allocate_tensor(Uint8, cute.make_layout(32), byte_alignment=16).iterator.toint()  # by warp
@@ -370,103 +361,9 @@ class KdaBuildSm90:
                     for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
                         any_given |= ptx.ldg_i32(segments.map_word(workspace, workers, i))
                 if ptx.uniform(any_given) > 0:
-                    self.chain_of(
+                    chain.states_of(
                         initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, sExtreme, flags
                     )
-
-    @cute.jit
-    def chain_of(
-        self, initial_state: Int64, workspace: Int64, workers: Int32, first: Int32, last: Int32, nh: Int32, part: Int32,
-        thread: Int32, sS: Int32, sSums: Int32, sExtreme: Int32, flags: Int32,
-    ):  # fmt: skip
-        """A thread has columns 2 p and 2 p + 1 of rows r, r + 8, r + 1, r + 9, as the accumulators of `maps` do; and of
-        a product the sums over a quarter of the columns of S, for all rows. The next M is loaded meanwhile."""
-        p, quarter = thread % 64, thread // 64
-        vs, row = part // 4, part % 4 * 16 + quarter * 2
-        column = Int64(p // 4 * 2048 + p % 4 * 16)
-        m_at = column + Int64(quarter // 2 * STATE_BYTES + quarter % 2 * 1024)
-        acc = cute.make_rmem_tensor((8,), Float32)
-        m = cute.make_rmem_tensor((64,), Float32)
-        self.first_state(acc, initial_state, nh, vs, row, p, flags)
-        self.load_m(m, segments.map_at(workspace, workers, first, 2) + m_at)
-        for i in cutlass.range(first + 1, last + 1, unroll=1):
-            word = segments.map_word(workspace, workers, i)
-            given, then = ptx.ldg_i32(word), Int32(0)
-            if i < last:
-                then = ptx.ldg_i32(word + 4)
-            c_at = segments.map_at(workspace, workers, i - 1, vs) + column + Int64((row // 16 * 32 + row % 8 * 4) * 16)
-            if (given | then) != 0:
-                if (ptx.uniform(Int32(1) - Int32(self.moderate(acc))) != 0) & (thread % 32 == 0):
-                    ptx.sts_i32(sExtreme + thread // 32 * 4, Int32(1))
-                at = sS + quarter * (2 * D * 4) + p * 8  # [row][column]
-                for j in cutlass.range_constexpr(4):
-                    ptx.sts_f32x2(at + (j // 2 + j % 2 * 8) * (D * 4), acc[2 * j], acc[2 * j + 1])
-                for half in cutlass.range_constexpr(2):
-                    for j, x in enumerate(ptx.ldg_f32x4(c_at + half * 64)):
-                        acc[4 * half + j] = x
-                cute.arch.sync_threads()
-                extreme = self.any_of(sExtreme) | self.any_of(sExtreme + 16)  # this state or one before it
-                self.product_of(m, sS + quarter * (32 * 4), sSums + quarter * (ROWS * D * 4) + p * 8)
-                if i < last:
-                    self.load_m(m, segments.map_at(workspace, workers, i, 2) + m_at)
-                cute.arch.sync_threads()
-                if given != 0:
-                    for j in cutlass.range_constexpr(4):
-                        for q in cutlass.range_constexpr(4):
-                            at = sSums + (q * ROWS + quarter * 2 + j // 2 + j % 2 * 8) * (D * 4) + p * 8
-                            x = ptx.lds_f32x2(at)
-                            acc[2 * j] = acc[2 * j] + x[0]
-                            acc[2 * j + 1] = acc[2 * j + 1] + x[1]
-                    for half in cutlass.range_constexpr(2):
-                        ptx.stg_f32x4(c_at + half * 64, tuple(acc[4 * half + j] for j in range(4)))
-                    if (extreme != 0) | (not self.moderate(acc)):
-                        ptx.stg_i32(word, Int32(2))
-            else:
-                if i < last:
-                    self.load_m(m, segments.map_at(workspace, workers, i, 2) + m_at)
-
-    def moderate(self, acc: cute.Tensor) -> Boolean:
-        all_are = Boolean(True)
-        for i in range(8):
-            all_are = all_are & (ptx.absolute(acc[i]) < MODERATE)
-        return all_are
-
-    def load_m(self, m: cute.Tensor, at: Int64) -> None:
-        """32 rows of M, two columns: of rows 16 b + r and 16 b + r + 8, [b, r]."""
-        for i in range(16):
-            for j, x in enumerate(ptx.ldg_f32x4(at + i // 8 * 512 + i % 8 * 64)):
-                m[4 * i + j] = x
-
-    def product_of(self, m: cute.Tensor, s_at: Int32, sums_at: Int32) -> None:
-        """Rows of S, 32 of its columns, times these rows of M."""
-        for row in range(ROWS):
-            x = [Float32(0.0), Float32(0.0)]
-            for j in range(0, 32, 4):
-                s = ptx.lds_f32x4(s_at + row * (D * 4) + j * 4)
-                for i in range(4):
-                    at = 4 * (j // 16 * 8 + (j + i) % 8) + j // 8 % 2 * 2
-                    x = [ptx.fma(s[i], m[at + e], x[e]) for e in range(2)]
-            ptx.sts_f32x2(sums_at + row * (D * 4), *x)
-
-    @cute.jit
-    def first_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, row: Int32, p: Int32, flags: Int32):
-        for i in cutlass.range_constexpr(8):
-            acc[i] = Float32(0.0)
-        if (address != 0) & (nh >= 0):
-            self.read_state(acc, address, nh, vs * 64 + row, p, flags)
-
-    @cute.jit
-    def read_state(self, acc: cute.Tensor, address: Int64, nh: Int32, v: Int32, p: Int32, flags: Int32):
-        sv, sk = Int32(1), Int32(D)
-        if (flags & STATE_V_FIRST) != 0:
-            sv, sk = Int32(D), Int32(1)
-        for i in cutlass.range_constexpr(8):
-            # rows v, v + 8, v + 1, v + 9, of each two columns
-            at = Int64(nh) * (D * D) + (v + i // 2 % 2 * 8 + i // 4) * sv + (2 * p + i % 2) * sk
-            if (flags & INITIAL_BF16) != 0:
-                acc[i] = ptx.bf16_lo(ptx.ldg_u16(address + at * 2))
-            else:
-                acc[i] = ptx.as_f32(ptx.ldg_u32(address + at * 4))
 
 
 def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
