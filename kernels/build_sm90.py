@@ -4,43 +4,87 @@ What the chunks of a segment do to a state is S -> S M + C. M is what they make 
 they make of no state. `build` finds both, in one pass over the chunks: a cluster of two blocks, each with 64 rows of M
 and 64 of C, which prepare every other chunk for both, as in the forward kernel with two blocks for a head. `chain` then
 goes from segment to segment, S_i = S_(i-1) M_(i-1) + C_(i-1), in fp32. A segment whose gates forget what came before
-guesses (see fwd_sm90): for those nothing is built.
+guesses (see roles_state): for those nothing is built.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
+from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 from cutlass.memory import SmemAllocator
 
-from . import fragments, gate, ptx, schedule, segments
-from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST, KdaBuildConfig
-from .fwd_sm90 import FORGOTTEN, KdaFwdSm90, fake_tensors
-from .layout import BOX, DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
-from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, COMPARED, PLAN, SEGMENT, SPAN
+from . import (
+    barriers,
+    chain,
+    chunk,
+    fragments,
+    gate,
+    pipeline,
+    ptx,
+    roles_cluster,
+    roles_load,
+    roles_prepare,
+    schedule,
+    segments,
+    state_io,
+    update,
+)
+from .arguments import by_token, fake_tensors, tiled_mma, tma
+from .barriers import Barriers
+from .config import KdaBuildConfig
+from .layout import DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
+from .pipeline import Pipeline, Registers, Shared, g_boxes, v_boxes
+from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, PLAN, SPAN, Fate
 
-ROWS = 16  # of the state, in a block of `chain`
-# Above, products and sums of the chunks in between may overflow where those with a map of all of them do not, and what
-# is NaN without maps would be a number. Such states are waited for, as those that are not finite.
-MODERATE = 2.0**40
 
-
-class KdaBuildSm90(KdaFwdSm90):
-    def __init__(self, config: KdaBuildConfig):
-        super().__init__(config)  # type: ignore[arg-type]
-        self.queries = False
-        self.tiles = Stage.of(self.g_boxes, v_boxes=1, queries=False)
-        self.prepare_wgs, self.pairs, self.state_wgs = 1, 2, 2
-        self.gate_warps = 2
-        self.threads = 640
+def pipeline_of(config: KdaBuildConfig) -> Pipeline:
+    tiles = Stage.of(g_boxes(config), v_boxes(config), queries=False)
+    return Pipeline(
+        config, tiles, threads=640, prepare_wgs=1, pairs=2, gate_warps=2, state_wgs=2, queries=False, gates_rolled=True,
+        whole=True,
         # to share out are the 96 a lane that 640 threads get at their launch
-        self.regs_load, self.regs_gates, self.regs_prepare, self.regs_state = 40, 64, 88, 144
+        registers=Registers(load=40, gates=64, prepare=88, state=144),
+        lists=False,
+    )  # fmt: skip
+
+
+class Segment(NamedTuple):
+    """A piece whose maps are needed."""
+
+    start: Int32  # first token
+    tokens: Int32
+    h: Int32
+    b: Int32
+    worker: Int32  # whose it is
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The pieces that `choose` lists, the same in both blocks: up to two, in shared memory."""
+
+    at: Int32
+
+    def count(self) -> Int32:
+        return ptx.uniform(ptx.lds_i32(self.at + 128))
+
+    @cute.jit
+    def piece(self, nth: Int32) -> Segment:
+        at = self.at + nth * 32
+        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
+        return Segment(*(ptx.uniform(x) for x in numbers[:5]))
+
+
+class KdaBuildSm90:
+    def __init__(self, config: KdaBuildConfig):
+        self.config, self.pipe = config, pipeline_of(config)
 
     @cute.jit
     def __call__(
@@ -62,42 +106,22 @@ class KdaBuildSm90(KdaFwdSm90):
         workers: Int32,
         stream: cuda.CUstream,
     ):
-        box = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, BFloat16), (C, 64), (0, 1))
-        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.g_type)
-        g_box = cute.tile_to_shape(g_atom, (C, D // self.g_boxes), (0, 1))
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        mK, mV, mG = [
-            cute.make_tensor(m.iterator, cute.select(m.layout, mode=[1, 3, 2, 0])) for m in (mK, mV, mG)
-        ]  # [B, T, H, D] -> (T, D, H, B)
-        k_tma, v_tma = [cpasync.make_tiled_tma_atom(load, m, box, (C, 64)) for m in (mK, mV)]
-        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.g_boxes))
-
-        def mma(n, b_major):
-            op = warpgroup.MmaF16BF16Op(
-                BFloat16, Float32, (64, n, 16), OperandSource.RMEM, OperandMajorMode.K, b_major
-            )  # fmt: skip
-            return cute.make_tiled_mma(op)
-
+        load, g_cols = cpasync.CopyBulkTensorTileG2SOp(), D // self.pipe.g_boxes
+        mK, mV, mG = by_token((mK, mV, mG))
+        k_tma, v_tma = [tma(load, m, BFloat16, 64) for m in (mK, mV)]
+        g_tma = tma(load, mG, self.pipe.g_type, g_cols)
         items = N * cute.size(mG.shape[2])
         self.build(
             k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], mG, beta, A_log, dt_bias, cu_seqlens, workspace,
-            items, workers, lower_bound, flags, mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            items, workers, lower_bound, flags, tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
-            grid=[workers // 2 * 2, 1, 1], block=[self.threads, 1, 1], cluster=[2, 1, 1], stream=stream,
+            grid=[workers // 2 * 2, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[2, 1, 1], stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
         self.chain(
-            initial_state,
-            state_indices,
-            P,
-            cu_seqlens,
-            workspace,
-            items,
-            cute.size(mG.shape[2]),
-            cute.size(mG.shape[0]),
-            workers,
-            flags,
-        ).launch(grid=[workers, D // ROWS, 1], block=[256, 1, 1], stream=stream)
+            initial_state, state_indices, P, cu_seqlens, workspace, items, cute.size(mG.shape[2]),
+            cute.size(mG.shape[0]), workers, flags,
+        ).launch(grid=[workers, D // chain.ROWS, 1], block=[256, 1, 1], stream=stream)  # fmt: skip
 
     # ------------------------------------------------------------------ the maps
 
@@ -111,23 +135,23 @@ class KdaBuildSm90(KdaFwdSm90):
         beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32, workers: Int32,
         lower_bound: Float32, flags: Int32, mma_k: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
-        S = self.stages
+        pipe = self.pipe
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
 
         def table(size, align=128):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        ring = table(self.tiles.size * S, 1024)
-        sTables = table(TABLES * S).toint()
+        ring = table(pipe.tiles.size * pipe.stages, 1024)
+        sTables = table(TABLES * pipe.stages).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(2 * PLAN).toint()
         sList = table(6 * 32).toint()
-        sBias = table(256 * 2 * self.pairs).toint()
-        sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
-        bars = smem.allocate_tensor(Int64, cute.make_layout(5 * S + 2 * SYSTEMS + 1), byte_alignment=8).iterator
-        raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
-        a_full, a_empty, left = bars + 5 * S, bars + 5 * S + SYSTEMS, bars + 5 * S + 2 * SYSTEMS
+        sBias = table(256 * 2 * pipe.pairs).toint()
+        triangle = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
+        bars = smem.allocate_tensor(Int64, cute.make_layout(barriers.total(pipe)), byte_alignment=8).iterator
+        bars = Barriers.at(pipe, bars)
+        shared = Shared(ring, sTables, sSystems, sBias, triangle, bars)
         H, T = cute.size(g.shape[2]), cute.size(g.shape[0])
         first = cute.arch.block_idx()[0] // 2 * 2  # of this cluster's two workers
         for i in cutlass.range_constexpr(2):
@@ -136,20 +160,11 @@ class KdaBuildSm90(KdaFwdSm90):
         self.choose(
             g, sPlan, sList, first, items, H, T, A_log, dt_bias, cu_seqlens, workspace, workers, lower_bound, flags
         )
-        work = (sList, sList)
-        if self.count(work) > 0:  # the same in both blocks
+        work, gate_inputs = Chosen(sList), gate.Inputs(A_log, dt_bias, lower_bound)
+        if work.count() > 0:  # the same in both blocks
             if warp == 0:
                 with cute.arch.elect_one():
-                    for s in cutlass.range_constexpr(S):
-                        cute.arch.mbarrier_init(raw_full + s, 1)
-                        cute.arch.mbarrier_init(gated + s, 64 if s < self.own_stages else 32)  # `gates`, `fetch`
-                        cute.arch.mbarrier_init(ready + s, 64)
-                        cute.arch.mbarrier_init(solved + s, 32)
-                        cute.arch.mbarrier_init(empty + s, 256 + (8 if s < self.own_stages else 0))
-                    cute.arch.mbarrier_init(left, 8)
-                    for i in cutlass.range_constexpr(SYSTEMS):
-                        cute.arch.mbarrier_init(a_full + i, 64)
-                        cute.arch.mbarrier_init(a_empty + i, 32)
+                    bars.init(pipe)
                 cute.arch.mbarrier_init_fence()
                 for atom in (k_tma, v_tma, g_tma):
                     cpasync.prefetch_descriptor(atom)
@@ -157,36 +172,25 @@ class KdaBuildSm90(KdaFwdSm90):
             cute.arch.cluster_wait()
 
             if warp < 4:
-                cute.arch.setmaxregister_decrease(self.regs_load)
+                cute.arch.setmaxregister_decrease(pipe.registers.load)
                 if warp == 0:
-                    self.load_all(k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work)
+                    roles_load.load_all(pipe, (None, (k_tma, mK), (v_tma, mV), (g_tma, mG)), shared, work)
                 elif warp == 1:
-                    self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
+                    roles_cluster.send(pipe, shared, work)
                 elif warp == 2:
-                    self.fetch(v_tma, mV, ring, raw_full, gated, empty, work)
+                    roles_cluster.fetch(pipe, v_tma, mV, shared, work)
             elif warp < 8:
-                cute.arch.setmaxregister_decrease(self.regs_gates)
+                cute.arch.setmaxregister_decrease(pipe.registers.gates)
                 if warp < 6:
-                    self.gates(
-                        warp - 4, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
-                    )  # fmt: skip
+                    self.gates(warp - 4, shared, gate_inputs, work)
                 elif warp == 6:
-                    self.invert(
-                        ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
-                        beta, Float32(1.0), flags, H, T, work,
-                    )  # fmt: skip
+                    roles_prepare.invert(pipe, shared, beta, Float32(1.0), flags, H, T, work)
             elif warp < 12:
-                cute.arch.setmaxregister_decrease(self.regs_prepare)
-                self.prepare(
-                    warp - 8, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
-                    a_empty, A_log, dt_bias, lower_bound, work,
-                )  # fmt: skip
+                cute.arch.setmaxregister_decrease(pipe.registers.prepare)
+                roles_prepare.prepare(pipe, warp - 8, shared, gate_inputs, work)
             else:
-                cute.arch.setmaxregister_increase(self.regs_state)
-                self.maps(
-                    (warp - 12) // 4, ring, sTables, raw_full, gated, ready, solved, empty, left, mma_k, mma_s,
-                    workspace, workers, work,
-                )  # fmt: skip
+                cute.arch.setmaxregister_increase(pipe.registers.state)
+                self.maps((warp - 12) // 4, shared, mma_k, mma_s, workspace, workers, work)
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
@@ -203,22 +207,23 @@ class KdaBuildSm90(KdaFwdSm90):
         plan, worker, nth = sPlan + wg // 2 % 2 * PLAN, first + wg // 2, wg % 2
         weak = Int32(0)
         if (wg < 4) & (ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END)):
-            _, start, tokens, h, b, _, fate, span, _ = schedule.find_piece(
+            piece = schedule.find_piece(
                 ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
             )
-            if (fate & COMPARED) != 0:
+            start, tokens, h, b = piece.start, piece.tokens, piece.h, piece.b
+            if (piece.fate & Fate.COMPARED) != 0:
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
-                if worker + 1 + nth <= span // SPAN:
-                    slope, shift = gate.slope_of_head(self.form, A_log, h)
+                if worker + 1 + nth <= piece.span // SPAN:
+                    slope, shift = gate.slope_of_head(self.pipe.form, A_log, h)
                     bias, total = Float32(0.0), Float32(0.0)
                     if dt_bias != 0:
                         bias = fragments.global_f32(dt_bias, Int64(h * D + channel))
-                    bias = gate.bias(self.form, slope, shift, bias)
+                    bias = gate.bias(self.pipe.form, slope, shift, bias)
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
-                        total += gate.factor(self.form, Float32(g[t, channel, h, b]), slope, bias)
-                    total = total * gate.log2_of_factor(self.form, lower_bound)
-                    weak = ptx.uniform(Int32(1) - Int32(total < math.log2(FORGOTTEN)))
+                        total += gate.factor(self.pipe.form, Float32(g[t, channel, h, b]), slope, bias)
+                    total = total * gate.log2_of_factor(self.pipe.form, lower_bound)
+                    weak = ptx.uniform(Int32(1) - Int32(total < math.log2(segments.FORGOTTEN)))
                 if (channel == 0) & (nth == 0):
                     at = sList + 32 * (2 + wg // 2)
                     ptx.sts_i32x4(at, (start, tokens, h, b))
@@ -229,8 +234,8 @@ class KdaBuildSm90(KdaFwdSm90):
         if thread == 0:
             count = Int32(0)
             for i in cutlass.range_constexpr(2):
-                own, then = self.any_of(sList + 128 + 32 * i), self.any_of(sList + 144 + 32 * i)
-                if (first + i + 1 < workers) & (self.rank() == 0):
+                own, then = chain.any_of(sList + 128 + 32 * i), chain.any_of(sList + 144 + 32 * i)
+                if (first + i + 1 < workers) & (self.pipe.rank() == 0):
                     ptx.stg_i32(segments.map_word(workspace, workers, first + i + 1), own)
                 if (own | then) != 0:
                     for j in cutlass.range_constexpr(2):
@@ -240,158 +245,83 @@ class KdaBuildSm90(KdaFwdSm90):
             ptx.sts_i32(sList + 128, count)
         cute.arch.sync_threads()
 
-    def any_of(self, at: Int32) -> Int32:
-        """What one of four warps has found."""
-        x = ptx.lds_i32x4(at)
-        return x[0] | x[1] | x[2] | x[3]
-
-    def count(self, work) -> Int32:
-        return ptx.uniform(ptx.lds_i32(work[0] + 128))
-
     @cute.jit
-    def piece(self, nth: Int32, work):
-        """(first token, tokens, head, batch, worker, ...)"""
-        at = work[0] + nth * 32
-        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
-        return tuple(ptx.uniform(x) for x in numbers)
-
-    @cute.jit
-    def load_all(self, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty, work):
-        """One warp: TMA of k, v, g for each own chunk."""
-
-        def boxes(offset, dtype, cols, count):
-            return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
-
-        bK = boxes(0, self.dtype, 64, 2)
-        bG = boxes(self.tiles.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.tiles.at_v, self.dtype, 64, 1)
-        stage, phase, n, vs = Int32(0), Int32(1), Int32(0), self.rank()
-        for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b = self.piece(nth, work)[:4]
-            h_k = h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
-            sK_, gK = self.boxes_of(k_tma, mK[None, None, h_k, b], start, 64, bK)
-            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-            sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
-            chunks = tokens // C
-            for c in cutlass.range(self.first_own(n, vs, 2) - n, chunks, 2, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                bar = raw_full + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, (3 + self.g_boxes) * BOX)
-                for i in cutlass.range_constexpr(self.g_boxes):
-                    cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
-                for i in cutlass.range_constexpr(2):
-                    cute.copy(k_tma, gK[None, c, i], sK_[None, i, stage], tma_bar_ptr=bar)
-                cute.copy(v_tma, gV[None, c, vs], sV_[None, 0, stage], tma_bar_ptr=bar)
-                stage += 1
-                if stage == self.own_stages:
-                    stage = Int32(0)
-                    phase ^= 1
-            n += chunks
-
-    @cute.jit
-    def gates(
-        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
-        A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
-    ):  # fmt: skip
-        lane, bias_at, n = cute.arch.lane_idx(), sBias + half * 256, Int32(0)
+    def gates(self, half: Int32, shared: Shared, inputs: gate.Inputs, work: Chosen):
+        """As roles_prepare.gates, of the block's own chunks, which are all whole. Not the same function: there the
+        stage's address is made before the wait, which gives other machine code here."""
+        pipe, ring, sTables, bars = self.pipe, shared.ring.toint(), shared.tables, shared.bars
+        A_log, dt_bias, lower_bound = inputs
+        lane, bias_at, n = cute.arch.lane_idx(), shared.bias + half * 256, Int32(0)
         stage, phase = Int32(0), Int32(0)
-        for nth in cutlass.range(self.count(work), unroll=1):
-            tokens, h = self.piece(nth, work)[1:3]
-            slope, end = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
-            for _ in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
-                self.wait(raw_full + stage, phase, lane)
-                at = ring + stage * self.tiles.size
+        for nth in cutlass.range(work.count(), unroll=1):
+            segment = work.piece(nth)
+            tokens, h = segment.tokens, segment.h
+            slope, end = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
+            for _ in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
+                barriers.wait(bars.raw_full + stage, phase, lane)
+                at = ring + stage * pipe.tiles.size
                 gate.of_chunk(
-                    self.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
+                    pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
                 )
-                cute.arch.mbarrier_arrive(gated + stage)
-                stage += 1
-                if stage == self.own_stages:
-                    stage = Int32(0)
-                    phase ^= 1
+                cute.arch.mbarrier_arrive(bars.gated + stage)
+                stage, phase = pipeline.next_stage(pipe, stage, phase)
             n = end
 
     @cute.jit
     def maps(
-        self, wg: Int32, ring, sTables: Int32, raw_full, gated, ready, solved, empty, left,
-        mma_k: cute.TiledMma, mma_s: cute.TiledMma, workspace: Int64, workers: Int32, work,
+        self, wg: Int32, shared: Shared, mma_k: cute.TiledMma, mma_s: cute.TiledMma, workspace: Int64, workers: Int32,
+        work: Chosen,
     ):  # fmt: skip
         """A warpgroup for 64 rows of C, one for 64 of M: the recurrence of `state`, without o; for M without v."""
+        pipe, ring, sTables, bars = self.pipe, shared.ring, shared.tables, shared.bars
         thread = cute.arch.thread_idx()[0] % 128
         warp, lane = thread // 32, cute.arch.lane_idx()
         col = lane % 4 * 2
 
-        def operand_a(mma, k):
-            return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
-
-        def operand_b(mma, t):
-            return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(t))
-
-        def fragment(mma, n):
-            return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
-
         kind = SmemLayoutAtomKind
-        bK = operand_b(mma_k, self.staged(ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
-        sKr = self.staged(ring + self.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
-        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
-        bT = operand_b(mma_k, self.staged(ring + self.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-        acc_s, acc_r, acc_u = fragment(mma_s, D), fragment(mma_k, C), fragment(mma_k, C)
-        fS, fU = operand_a(mma_k, D), operand_a(mma_k, C)
+        bK = fragments.operand_b(mma_k, thread, pipeline.staged(pipe, ring, BFloat16, kind.K_SW128, (C, D), (0, 1)))
+        sKr = pipeline.staged(pipe, ring + pipe.tiles.at_g, BFloat16, kind.MN_SW128, (D, pipe.g_boxes // 2 * C), (1, 0))
+        bKr = fragments.operand_b(mma_s, thread, cute.local_tile(sKr, (D, C, pipe.stages), (0, 0, 0)))
+        bT = fragments.operand_b(
+            mma_k, thread, pipeline.staged(pipe, ring + pipe.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1))
+        )
+        acc_s, acc_r, acc_u = (
+            fragments.accumulators(mma_s, thread, D),
+            fragments.accumulators(mma_k, thread, C),
+            fragments.accumulators(mma_k, thread, C),
+        )
+        fS, fU = fragments.operand_a(mma_k, thread, D), fragments.operand_a(mma_k, thread, C)
         t_row = (lane % 8 + lane // 16 * 8) * 128
         t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
         has_v = Uint32(0) - Uint32(wg == 0)  # all bits or none
-        n, rank = Int32(0), self.rank()
-        for nth in cutlass.range(self.count(work), unroll=1):
-            _, tokens, _, _, worker = self.piece(nth, work)[:5]
+        n, rank = Int32(0), pipe.rank()
+        for nth in cutlass.range(work.count(), unroll=1):
+            segment = work.piece(nth)
             row, channel = rank * 64 + warp * 16 + lane // 4, col
             for i in cutlass.range_constexpr(64):
                 one = (wg == 1) & (row + i // 2 % 2 * 8 == channel + i // 4 * 8 + i % 2)
                 acc_s[i] = Float32(Int32(one))
-            for _ in cutlass.range(tokens // C, unroll=1):
-                stage, phase, is_own = self.stage_of(n)
-                prepared, inverted = ready + stage, solved + stage
-                if not is_own:
-                    prepared, inverted = raw_full + stage, gated + stage
+            for _ in cutlass.range(segment.tokens // C, unroll=1):
+                stage, phase, is_own, prepared, inverted = pipeline.made(pipe, bars, n)
                 cute.arch.mbarrier_wait(prepared, phase)
-                self.to_operand(acc_s, fS)
+                fragments.to_operand(acc_s, fS)
                 warpgroup.fence()
-                self.gemm(mma_k, acc_r, fS, bK[None, None, None, stage], True)
+                fragments.gemm(mma_k, acc_r, fS, bK[None, None, None, stage], True)
                 warpgroup.commit_group()
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
                 cute.arch.mbarrier_wait(inverted, phase)
                 warpgroup.wait_group(0)
-                v_at = ring.toint() + self.tiles.at_v + stage * self.tiles.size + t_row + t_col
-                v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-                r = cute.make_rmem_tensor((C // 2,), Float32)
-                for n8 in cutlass.range_constexpr(C // 8):
-                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
-                    for half in cutlass.range_constexpr(2):
-                        w, e = fragments.pair(v[2 * n8 + half] & has_v, self.config.dtype), 4 * n8 + 2 * half
-                        r[e] = ptx.fma(-acc_r[e], rk[0], w[0])
-                        r[e + 1] = ptx.fma(-acc_r[e + 1], rk[1], w[1])
-                if const_expr(self.config.neg_eigval):
-                    self.scale_columns(r, norm_at + 2 * C * 4)
-                self.to_operand(r, fU)
+                v_at = ring.toint() + pipe.tiles.at_v + stage * pipe.tiles.size + t_row + t_col
+                fragments.to_operand(update.residual(pipe, acc_r, v_at, norm_at, has_v), fU)
+                update.updates(pipe, mma_k, acc_u, fU, bT[None, None, None, stage], acc_s, norm_at, decay_at)
                 warpgroup.fence()
-                self.gemm(mma_k, acc_u, fU, bT[None, None, None, stage], True)
-                warpgroup.commit_group()
-                self.scale_columns(acc_s, decay_at)
-                warpgroup.wait_group(0)
-                if const_expr(self.config.neg_eigval):
-                    self.scale_columns(acc_u, norm_at)
-                self.to_operand(acc_u, fU)
-                warpgroup.fence()
-                self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
+                fragments.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
                 warpgroup.commit_group()
                 warpgroup.wait_group(0)
-                cute.arch.mbarrier_arrive(empty + stage)
-                cute.arch.sync_warp()
-                for bar in (empty + n // 2 % self.own_stages, left):
-                    ptx.remote_arrive(bar.toint(), rank ^ 1, (lane == 0) & (not is_own))
+                pipeline.leave(pipe, bars, n, stage, is_own, lane)
                 n += 1
-            at = segments.map_at(workspace, workers, worker, wg * 2 + rank) + Int64(thread * 16)
+            at = segments.map_at(workspace, workers, segment.worker, wg * 2 + rank) + Int64(thread * 16)
             for i in cutlass.range_constexpr(16):
                 ptx.stg_f32x4(at + i * 2048, tuple(acc_s[4 * i + j] for j in range(4)))
 
@@ -407,7 +337,7 @@ class KdaBuildSm90(KdaFwdSm90):
         smem = SmemAllocator()
         sPlan = smem.allocate_tensor(Uint8, cute.make_layout(PLAN), byte_alignment=128).iterator.toint()
         sS, sSums = [
-            smem.allocate_tensor(Uint8, cute.make_layout(n * D * ROWS * 4), byte_alignment=128).iterator.toint()
+            smem.allocate_tensor(Uint8, cute.make_layout(n * D * chain.ROWS * 4), byte_alignment=128).iterator.toint()
             for n in (1, 4)
         ]
         sExtreme = smem.allocate_tensor(Uint8, cute.make_layout(32), byte_alignment=16).iterator.toint()  # by warp
@@ -422,120 +352,25 @@ class KdaBuildSm90(KdaFwdSm90):
             cute.arch.sync_threads()
             begin, end = ptx.lds_i32(sPlan + AT_BEGIN), ptx.lds_i32(sPlan + AT_END)
             if begin < end:
-                numbers = schedule.find_piece(
+                piece = schedule.find_piece(
                     end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
                 )
-                nh, fate, last = self.pooled(numbers[5], H, state_indices, P), numbers[6], numbers[7] // SPAN
+                nh, fate, last = state_io.pooled(piece.nh, H, state_indices, P), piece.fate, piece.span // SPAN
                 any_given = Int32(0)
-                if (fate & (COMPARED | SEGMENT)) == COMPARED:
+                if (fate & (Fate.COMPARED | Fate.SEGMENT)) == Fate.COMPARED:
                     for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
                         any_given |= ptx.ldg_i32(segments.map_word(workspace, workers, i))
                 if ptx.uniform(any_given) > 0:
-                    self.chain_of(
+                    chain.states_of(
                         initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, sExtreme, flags
                     )
-
-    @cute.jit
-    def chain_of(
-        self, initial_state: Int64, workspace: Int64, workers: Int32, first: Int32, last: Int32, nh: Int32, part: Int32,
-        thread: Int32, sS: Int32, sSums: Int32, sExtreme: Int32, flags: Int32,
-    ):  # fmt: skip
-        """A thread has columns 2 p and 2 p + 1 of rows r, r + 8, r + 1, r + 9, as the accumulators of `maps` do; and of
-        a product the sums over a quarter of the columns of S, for all rows. The next M is loaded meanwhile."""
-        p, quarter = thread % 64, thread // 64
-        vs, row = part // 4, part % 4 * 16 + quarter * 2
-        column = Int64(p // 4 * 2048 + p % 4 * 16)
-        m_at = column + Int64(quarter // 2 * STATE_BYTES + quarter % 2 * 1024)
-        acc = cute.make_rmem_tensor((8,), Float32)
-        m = cute.make_rmem_tensor((64,), Float32)
-        self.first_state(acc, initial_state, nh, vs, row, p, flags)
-        self.load_m(m, segments.map_at(workspace, workers, first, 2) + m_at)
-        for i in cutlass.range(first + 1, last + 1, unroll=1):
-            word = segments.map_word(workspace, workers, i)
-            given, then = ptx.ldg_i32(word), Int32(0)
-            if i < last:
-                then = ptx.ldg_i32(word + 4)
-            c_at = segments.map_at(workspace, workers, i - 1, vs) + column + Int64((row // 16 * 32 + row % 8 * 4) * 16)
-            if (given | then) != 0:
-                if (ptx.uniform(Int32(1) - Int32(self.moderate(acc))) != 0) & (thread % 32 == 0):
-                    ptx.sts_i32(sExtreme + thread // 32 * 4, Int32(1))
-                at = sS + quarter * (2 * D * 4) + p * 8  # [row][column]
-                for j in cutlass.range_constexpr(4):
-                    ptx.sts_f32x2(at + (j // 2 + j % 2 * 8) * (D * 4), acc[2 * j], acc[2 * j + 1])
-                for half in cutlass.range_constexpr(2):
-                    for j, x in enumerate(ptx.ldg_f32x4(c_at + half * 64)):
-                        acc[4 * half + j] = x
-                cute.arch.sync_threads()
-                extreme = self.any_of(sExtreme) | self.any_of(sExtreme + 16)  # this state or one before it
-                self.product_of(m, sS + quarter * (32 * 4), sSums + quarter * (ROWS * D * 4) + p * 8)
-                if i < last:
-                    self.load_m(m, segments.map_at(workspace, workers, i, 2) + m_at)
-                cute.arch.sync_threads()
-                if given != 0:
-                    for j in cutlass.range_constexpr(4):
-                        for q in cutlass.range_constexpr(4):
-                            at = sSums + (q * ROWS + quarter * 2 + j // 2 + j % 2 * 8) * (D * 4) + p * 8
-                            x = ptx.lds_f32x2(at)
-                            acc[2 * j] = acc[2 * j] + x[0]
-                            acc[2 * j + 1] = acc[2 * j + 1] + x[1]
-                    for half in cutlass.range_constexpr(2):
-                        ptx.stg_f32x4(c_at + half * 64, tuple(acc[4 * half + j] for j in range(4)))
-                    if (extreme != 0) | (not self.moderate(acc)):
-                        ptx.stg_i32(word, Int32(2))
-            else:
-                if i < last:
-                    self.load_m(m, segments.map_at(workspace, workers, i, 2) + m_at)
-
-    def moderate(self, acc: cute.Tensor) -> Boolean:
-        all_are = Boolean(True)
-        for i in range(8):
-            all_are = all_are & (ptx.absolute(acc[i]) < MODERATE)
-        return all_are
-
-    def load_m(self, m: cute.Tensor, at: Int64) -> None:
-        """32 rows of M, two columns: of rows 16 b + r and 16 b + r + 8, [b, r]."""
-        for i in range(16):
-            for j, x in enumerate(ptx.ldg_f32x4(at + i // 8 * 512 + i % 8 * 64)):
-                m[4 * i + j] = x
-
-    def product_of(self, m: cute.Tensor, s_at: Int32, sums_at: Int32) -> None:
-        """Rows of S, 32 of its columns, times these rows of M."""
-        for row in range(ROWS):
-            x = [Float32(0.0), Float32(0.0)]
-            for j in range(0, 32, 4):
-                s = ptx.lds_f32x4(s_at + row * (D * 4) + j * 4)
-                for i in range(4):
-                    at = 4 * (j // 16 * 8 + (j + i) % 8) + j // 8 % 2 * 2
-                    x = [ptx.fma(s[i], m[at + e], x[e]) for e in range(2)]
-            ptx.sts_f32x2(sums_at + row * (D * 4), *x)
-
-    @cute.jit
-    def first_state(self, acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, row: Int32, p: Int32, flags: Int32):
-        for i in cutlass.range_constexpr(8):
-            acc[i] = Float32(0.0)
-        if (address != 0) & (nh >= 0):
-            self.read_state(acc, address, nh, vs * 64 + row, p, flags)
-
-    @cute.jit
-    def read_state(self, acc: cute.Tensor, address: Int64, nh: Int32, v: Int32, p: Int32, flags: Int32):
-        sv, sk = Int32(1), Int32(D)
-        if (flags & STATE_V_FIRST) != 0:
-            sv, sk = Int32(D), Int32(1)
-        for i in cutlass.range_constexpr(8):
-            # rows v, v + 8, v + 1, v + 9, of each two columns
-            at = Int64(nh) * (D * D) + (v + i // 2 % 2 * 8 + i // 4) * sv + (2 * p + i % 2) * sk
-            if (flags & INITIAL_BF16) != 0:
-                acc[i] = ptx.bf16_lo(ptx.ldg_u16(address + at * 2))
-            else:
-                acc[i] = ptx.as_f32(ptx.ldg_u32(address + at * 4))
 
 
 def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaBuildSm90(config)
-    tensors = fake_tensors(kernel, "kvg")
     return cute.compile(
-        kernel, *tensors, *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *fake_tensors(config, "kvg"), *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

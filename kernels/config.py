@@ -139,7 +139,7 @@ def part(
 
     warm = 0: no part is shorter than an item, so that an item is cut once at most, and its state is there when it goes
     on. Otherwise parts are shorter, pieces of an item run at the same time, as segments, and a segment begins `warm`
-    chunks early: see KdaFwdSm90.state.
+    chunks early: see roles_state.state.
     """
     even = (total + workers - 1) // workers
     short = most(even, MIN_PART)

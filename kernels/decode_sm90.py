@@ -16,13 +16,12 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
-from . import fragments, gate, ptx, schedule
+from . import fragments, gate, ptx, scalars, schedule, state_io
+from .arguments import TYPES, fake_tensors
 from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
-from .fwd_sm90 import EPS, USUAL, KdaFwdSm90, fake_tensors
-from .gate import G_SCALE, LOG2_1P, LOG2_E
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
@@ -31,12 +30,11 @@ SUMS = 1024  # bytes: S k and S q of the rows, from each warp's channels
 NUMBERS = 16  # bytes: of a token what q and k are multiplied with, q k, beta
 
 
-class KdaDecodeSm90(KdaFwdSm90):
+class KdaDecodeSm90:
     def __init__(self, config: KdaDecodeConfig):
-        self.config = config  # type: ignore[assignment]
-        types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
-        self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
-        self.tiles, self.gates_rolled = None, False  # type: ignore[assignment]
+        self.config = config
+        self.dtype, self.g_type = TYPES[config.dtype], TYPES[config.g_dtype]
+        self.form = gate.Form(config.gate, config.g_dtype, config.K, tiles=None, rolled=False)
         self.keys = config.K // (32 if config.state_v_first else 16)  # channels of a lane
 
     # ------------------------------------------------------------------ host side
@@ -102,7 +100,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
         T, H, h_k = cute.size(mV.shape[1]), cute.size(mV.shape[2]), Int32(Int64(h) * of_group >> 31)
         start, tokens, b = schedule.sequence(cutlass.min(n, N - 1), cu_seqlens, flags, T)
-        place = self.pooled(cutlass.min(n, N - 1), Int32(1), state_indices, P)
+        place = state_io.pooled(cutlass.min(n, N - 1), Int32(1), state_indices, P)
         if n >= N:
             tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
@@ -113,7 +111,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
         self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
         beta_at = (Int64(b) * T + start) * H + h
-        raw_beta = self.load_beta(beta, beta_at, H, lane * 4 + warp, left, flags)
+        raw_beta = scalars.load_beta(beta, beta_at, H, lane * 4 + warp, left, flags)
         a_log, bias = self.gate_of(A_log, dt_bias, h, thread % K)
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
@@ -126,7 +124,7 @@ class KdaDecodeSm90(KdaFwdSm90):
                 left = cutlass.min(tokens - t, TOKENS)
                 # A shuffle stays where it is: what has been asked for is not waited for until here.
                 slope = gate.slope_of(self.form, ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)))
-                beta_t = self.beta(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
+                beta_t = scalars.beta_of(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
                 self.put(raw, tables, left, slope, ptx.as_f32(bias), lower_bound, thread)
@@ -135,7 +133,7 @@ class KdaDecodeSm90(KdaFwdSm90):
                 if left < tokens - t:
                     left = cutlass.min(tokens - t - TOKENS, TOKENS)
                     self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
-                    raw_beta = self.load_beta(beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags)
+                    raw_beta = scalars.load_beta(beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags)
             j, o = t % TOKENS, mO[b, start + t, h, None]
             if const_expr(self.config.state_v_first):
                 self.step(S, tables, j, o, part * ROWS, warp * WARP_ROWS, lane)
@@ -214,7 +212,7 @@ class KdaDecodeSm90(KdaFwdSm90):
             ptx.sts_f32(tables[3] + (j * ROWS + thread % ROWS) * 4, raw[3][j, thread % ROWS].to(Float32))
         if thread < self.config.K:
             for j in cutlass.range(left, unroll=1):
-                decay = self.decay_of(raw[2][j, thread].to(Float32), slope, bias, lower_bound)
+                decay = gate.decay_of(self.form, raw[2][j, thread].to(Float32), slope, bias, lower_bound)
                 ptx.sts_f32(tables[2] + (j * self.config.K + thread) * 4, decay)
 
     @cute.jit
@@ -232,7 +230,7 @@ class KdaDecodeSm90(KdaFwdSm90):
                     qk[i * n + e] = x
             x = self.products(qk, lane)
             down = Float32(1.0)
-            if cute.arch.vote_ballot_sync((lane < 2) & (not (x < USUAL))) != 0:
+            if cute.arch.vote_ballot_sync((lane < 2) & (not (x < scalars.USUAL))) != 0:
                 down_q, down_k = self.power_below(qk, 0), self.power_below(qk, n)
                 for e in cutlass.range_constexpr(n):
                     qk[e] = qk[e] * down_q
@@ -240,10 +238,10 @@ class KdaDecodeSm90(KdaFwdSm90):
                 x = self.products(qk, lane)
                 down = cutlass.select_(lane == 0, down_q, down_k)
             for i in cutlass.range_constexpr(2):
-                self.put_vector(tables[i] + at * 4, [qk[i * n + e] for e in range(n)])
+                fragments.put_vector(tables[i] + at * 4, [qk[i * n + e] for e in range(n)])
             norm = 1.0 / down
             if (flags & L2NORM) != 0:
-                norm = ptx.rsqrt(ptx.fma(down * down, Float32(EPS), x))
+                norm = ptx.rsqrt(ptx.fma(down * down, Float32(scalars.EPS), x))
             b = cute.arch.shuffle_sync(beta, j // 4)
             if lane < 4:
                 x = cutlass.select_(lane < 2, norm * cutlass.select_(lane == 0, scale, Float32(1.0)), x)
@@ -254,12 +252,6 @@ class KdaDecodeSm90(KdaFwdSm90):
         words = ptx.lds_u32x2(at) if n == 4 else (ptx.lds_u32(at),)
         return [x for word in words for x in fragments.pair(word, self.config.dtype)]
 
-    def put_vector(self, at: Int32, x) -> None:
-        if len(x) == 4:
-            ptx.sts_f32x4(at, tuple(x))
-        else:
-            ptx.sts_f32x2(at, *x)
-
     def products(self, qk: cute.Tensor, lane: Int32):
         """q q, k k or q k, whichever lane % 4 is."""
         n = self.config.K // 32
@@ -267,7 +259,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         for e in range(n):
             q, k = qk[e], qk[n + e]
             sums = [ptx.fma(q, q, sums[0]), ptx.fma(k, k, sums[1]), ptx.fma(q, k, sums[2]), sums[3]]
-        return self.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))[0]
+        return fragments.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))[0]
 
     @cute.jit
     def power_below(self, qk: cute.Tensor, first: cutlass.Constexpr):
@@ -281,39 +273,11 @@ class KdaDecodeSm90(KdaFwdSm90):
 
     # ------------------------------------------------------------------ a token
 
-    def decay_of(self, g: Float32, slope, bias: Float32, lower_bound: Float32) -> Float32:
-        """exp of the log decay that the gate makes of g; slope: what `slope_of` returns."""
-        slope, shift = slope
-        if self.config.gate == "safe":
-            x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope))
-            return ptx.ex2(x * lower_bound * LOG2_E)
-        if self.config.gate == "softplus":
-            x = ptx.fma(g + bias, Float32(LOG2_E), shift)
-            t = ptx.ex2(-ptx.absolute(x))
-            p = Float32(LOG2_1P[0])
-            for c in LOG2_1P[1:]:
-                p = ptx.fma(p, t, Float32(c))
-            return ptx.ex2(slope * (-1.0 / G_SCALE) * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
-        return ptx.ex2(g * LOG2_E)
-
-    def sum_to_lanes(self, x, lane: Int32, split, whole):
-        """Sums over a warp's lanes of 2^n numbers: a lane has those of x[i], the first bits of i being its own in
-        `split`. Lanes that differ in `whole` have the same."""
-        for mask in split:
-            half, high = len(x) // 2, (lane & mask) != 0
-            x = [
-                cutlass.select_(high, b, a) + cute.arch.shuffle_sync_bfly(cutlass.select_(high, a, b), mask)
-                for a, b in zip(x[:half], x[half:], strict=True)
-            ]
-        for mask in whole:
-            x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
-        return x
-
     def sums(self, S: cute.Tensor, first: int, sQ: Int32, sK: Int32, sA: Int32):
         """Of four rows S <- S diag(a), and S k and S q, over a lane's channels."""
         Sk, Sq, few = [Float32(0.0)] * 4, [Float32(0.0)] * 4, min(self.keys, 4)
         for c in range(0, self.keys, few):  # a few channels at a time: for want of registers
-            q, k, a = (self.vector(s + c * 4, few) for s in (sQ, sK, sA))
+            q, k, a = (fragments.vector(s + c * 4, few) for s in (sQ, sK, sA))
             for i in range(4):
                 for e in range(few):
                     at = self.at(first + i, c + e)
@@ -325,7 +289,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         """S <- S + u k^T, of four rows."""
         few = min(self.keys, 4)
         for c in range(0, self.keys, few):
-            k = self.vector(sK + c * 4, few)
+            k = fragments.vector(sK + c * 4, few)
             for i in range(4):
                 for e in range(few):
                     at = self.at(first + i, c + e)
@@ -342,7 +306,7 @@ class KdaDecodeSm90(KdaFwdSm90):
         sQ, sK, sA = self.vectors(tables, j, lane * self.keys)
         rq, rk, qk, beta = ptx.lds_f32x4(tables[4] + j * NUMBERS)
         for first in range(0, WARP_ROWS, 4):
-            (x,) = self.sum_to_lanes(self.sums(S, first, sQ, sK, sA), lane, (16, 8, 4), (2, 1))
+            (x,) = fragments.sum_to_lanes(self.sums(S, first, sQ, sK, sA), lane, (16, 8, 4), (2, 1))
             y = cute.arch.shuffle_sync_bfly(x, 16)
             at = row + first + lane // 4 % 4  # whose sums this lane has
             u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), ptx.lds_f32(tables[3] + (j * ROWS + at) * 4))
@@ -355,7 +319,7 @@ class KdaDecodeSm90(KdaFwdSm90):
     def send_sums(self, S: cute.Tensor, tables, j: Int32, warp: Int32, lane: Int32) -> None:
         """Token j, K first: a lane has 4 rows of some channels; the sums of the warp's go to shared memory."""
         sQ, sK, sA = self.vectors(tables, j, (warp * 4 + lane // 8) * self.keys)
-        x = self.sum_to_lanes(self.sums(S, 0, sQ, sK, sA), lane, (16, 8), ())
+        x = fragments.sum_to_lanes(self.sums(S, 0, sQ, sK, sA), lane, (16, 8), ())
         kind, row = lane // 16, lane % 8 * 4 + lane // 8 % 2 * 2
         ptx.sts_f32x2(tables[5] + j % 2 * SUMS + (kind * 4 + warp) * (ROWS * 4) + row * 4, *x)
 
@@ -382,11 +346,6 @@ class KdaDecodeSm90(KdaFwdSm90):
         if mine:
             for i in cutlass.range_constexpr(len(o)):
                 out[row + i] = o[i].to(self.dtype)
-
-    def vector(self, at: Int32, n: int):
-        if n == 2:
-            return ptx.lds_f32x2(at)
-        return [x for i in range(n // 4) for x in ptx.lds_f32x4(at + i * 16)]
 
     # ------------------------------------------------------------------ states
 
@@ -424,7 +383,7 @@ def compile(config: KdaDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaDecodeSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(kernel, "qkvgo"), *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0),
+        kernel, *fake_tensors(config, "qkvgo"), *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0),
         Int32(0), cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import warpgroup
 
 from . import ptx
 from .layout import SUB
@@ -31,6 +32,35 @@ def ones_if(condition: Boolean) -> Uint32:
 def quad_sum(x: Float32) -> Float32:
     x = x + cute.arch.shuffle_sync_bfly(x, 1)
     return x + cute.arch.shuffle_sync_bfly(x, 2)
+
+
+def sum_to_lanes(x, lane: Int32, split, whole):
+    """Sums over a warp's lanes of 2^n numbers: a lane has those of x[i], the first bits of i being its own in
+    `split`. Lanes that differ in `whole` have the same."""
+    for mask in split:
+        half, high = len(x) // 2, (lane & mask) != 0
+        x = [
+            cutlass.select_(high, b, a) + cute.arch.shuffle_sync_bfly(cutlass.select_(high, a, b), mask)
+            for a, b in zip(x[:half], x[half:], strict=True)
+        ]
+    for mask in whole:
+        x = [y + cute.arch.shuffle_sync_bfly(y, mask) for y in x]
+    return x
+
+
+def vector(at: Int32, n: int):
+    """n neighbouring fp32 numbers from shared memory."""
+    if n == 2:
+        return ptx.lds_f32x2(at)
+    return [x for i in range(n // 4) for x in ptx.lds_f32x4(at + i * 16)]
+
+
+def put_vector(at: Int32, x) -> None:
+    """Two or four neighbouring fp32 numbers to shared memory."""
+    if len(x) == 4:
+        ptx.sts_f32x4(at, tuple(x))
+    else:
+        ptx.sts_f32x2(at, *x)
 
 
 def times(x, factors):
@@ -71,3 +101,45 @@ def store_tile(base: Int32, i: int, j: int, words, lane: Int32) -> None:
 @cute.jit
 def delta(i: Int32, j: cutlass.Constexpr[int]) -> Float32:
     return Float32(1.0) if i == j else Float32(0.0)
+
+
+def operand_a(mma: cute.TiledMma, thread: Int32, k: int) -> cute.Tensor:
+    """A warpgroup's operand A [64, k], in registers."""
+    return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
+
+
+def operand_b(mma: cute.TiledMma, thread: Int32, tile: cute.Tensor) -> cute.Tensor:
+    """What describes an operand B in shared memory."""
+    return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(tile))
+
+
+def accumulators(mma: cute.TiledMma, thread: Int32, n: int) -> cute.Tensor:
+    """A warpgroup's accumulators [64, n]."""
+    return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
+
+
+def gemm(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
+    """acc += a b, or a b if `clear`: WGMMA with operand A in registers, B in shared memory."""
+    for k in range(cute.size(a, mode=[2])):
+        mma.set(warpgroup.Field.ACCUMULATE, Boolean(not clear or k > 0))
+        cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
+
+
+def fill(frag: cute.Tensor, regs) -> None:
+    """Registers -> a fragment."""
+    words = cute.recast_tensor(frag, Uint32)
+    for i, r in enumerate(regs):
+        words[i] = r
+
+
+def to_operand(acc: cute.Tensor, frag: cute.Tensor) -> None:
+    """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
+    fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
+
+
+def scale_columns(acc: cute.Tensor, at: Int32) -> None:
+    """Each column of accumulators, a token or a channel, times its number in the table at `at`."""
+    for n8 in range(cute.size(acc) // 4):
+        s = ptx.lds_f32x2(at + n8 * 32)
+        for i in range(4):
+            acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]

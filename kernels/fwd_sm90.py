@@ -33,100 +33,46 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.memory import SmemAllocator
 
-from . import fragments, gate, ptx, schedule, segments, state_io
-from .config import (
-    BETA_BF16,
-    BETA_FP16,
-    BETA_SIGMOID,
-    L2NORM,
-    MAPS_BUILT,
-    NEG_EIGVAL,
-    KdaFwdConfig,
-)
-from .gate import LOG2_E
-from .layout import (
-    A_ROW,
-    ANCHORS,
-    BOX,
-    DECAY,
-    NORM,
-    PAIR_BAR,
-    QUAD,
-    SQUARES,
-    STATE_BAR,
-    SUB,
-    SYSTEM,
-    SYSTEMS,
-    TABLES,
-    C,
-    D,
-    Stage,
-)
-from .schedule import (
-    AGAIN,
-    AT_COUNT,
-    AT_END,
-    AT_GUESSED,
-    AT_PIECES,
-    AT_SEGMENT,
-    AT_WARM_UP,
-    BUILT,
-    COMPARED,
-    FINAL,
-    HANDED_ON,
-    KEPT,
-    PIECE,
-    PIECES,
-    PLAN,
-    SEGMENT,
-    SPAN,
-    TAKEN_OVER,
-    WARM_UP,
-)
-from .segments import EXACT, HANDED, NOT_NEEDED, Team
+from . import barriers, chunk, gate, ptx, roles_cluster, roles_load, roles_prepare, roles_state, schedule
+from .arguments import by_token, fake_tensors, tiled_mma, tma
+from .barriers import Barriers
+from .config import KdaFwdConfig
+from .layout import BOX, SYSTEM, SYSTEMS, TABLES, C, D, Stage
+from .pipeline import Pipeline, Registers, Shared, g_boxes, v_boxes
+from .schedule import PLAN, Listed
 
-EPS = 1e-6  # of the l2 norm, as in fla
 
-# What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
-# guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
-FORGOTTEN = 2.0**-48
-SUMS = 48  # of products over channels, that a lane has: of 12 of 16 x 8 with frames of 16 tokens, of 10 with 8
-QUADS = tuple((i, j) for i in range(C // QUAD) for j in range(i + 1))  # 8 x 8 blocks of A and M
-# Squares of q and k above which products might overflow, even with one of 2^-x up to 2^97 in it.
-USUAL = 2.0**60
-SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
+def pipeline_of(config: KdaFwdConfig) -> Pipeline:
+    prepare_wgs, state_wgs = 2 if config.v_split == 2 else 1, v_boxes(config)
+    gate_warps = 0 if config.v_split == 2 else 2
+    threads = 128 * (1 + prepare_wgs + state_wgs)
+    # Those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has.
+    registers = Registers(64, 128, 160) if config.v_split == 1 else Registers(72, 136, 168)
+    return Pipeline(
+        config,
+        Stage.of(g_boxes(config), v_boxes(config)),
+        threads=threads,
+        prepare_wgs=prepare_wgs,
+        # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
+        pairs=min(2 * prepare_wgs, config.stages - (config.v_split - 1)),
+        gate_warps=gate_warps,
+        state_wgs=state_wgs,
+        queries=True,
+        # Four times the same code where `prepare` has it is more than the instruction cache has room for.
+        gates_rolled=gate_warps == 0,
+        whole=False,
+        registers=registers if threads == 512 else None,  # with fewer warps all have enough
+        lists=True,
+    )
 
 
 class KdaFwdSm90:
     def __init__(self, config: KdaFwdConfig):
-        self.config = config
-        self.stages = config.stages
-        self.blocks = config.v_split  # of a cluster: each prepares every other chunk for both
-        # In a cluster the last stage is for what the other block sends; another own one is worth more than a second.
-        self.own_stages = self.stages - (self.blocks - 1)
-        types = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
-        self.dtype, self.g_type = types[config.dtype], types[config.g_dtype]
-        self.g_boxes = 4 if config.g_dtype == "fp32" else 2
-        self.k_boxes, self.v_boxes = config.K // 64, config.V // 64 // config.v_split
-        self.tiles = Stage.of(self.g_boxes, self.v_boxes)
-        self.queries = True
-        self.prepare_wgs = 2 if config.v_split == 2 else 1
-        # With fewer stages than pairs a pair would come to a stage two phases early, which parity cannot tell apart.
-        self.pairs = min(2 * self.prepare_wgs, self.own_stages)
-        self.gate_warps = 0 if config.v_split == 2 else 2  # else `prepare` does it
-        # Four times the same code where `prepare` has it is more than the instruction cache has room for.
-        self.gates_rolled = self.gate_warps == 0
-        self.state_wgs = self.v_boxes
-        self.threads = 128 * (1 + self.prepare_wgs + self.state_wgs)
-        self.sets_registers = self.threads == 512  # with fewer warps all have enough
-        # registers a lane: those that ptxas spills least with; the sum over warpgroups is at most 512, what an SM has
-        registers = (64, 128, 160) if config.v_split == 1 else (72, 136, 168)
-        self.regs_load, self.regs_prepare, self.regs_state = registers
+        self.config, self.pipe = config, pipeline_of(config)
 
     # ------------------------------------------------------------------ host side
 
@@ -157,36 +103,26 @@ class KdaFwdSm90:
         max_blocks: Int32,
         stream: cuda.CUstream,
     ):
-        box = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, BFloat16), (C, 64), (0, 1))
-        g_atom = warpgroup.make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, self.g_type)
-        g_box = cute.tile_to_shape(g_atom, (C, D // self.g_boxes), (0, 1))
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        by_token = [1, 3, 2, 0]  # [B, T, H, D] -> (T, D, H, B)
-        mQ, mK, mV, mG, mO = [
-            cute.make_tensor(m.iterator, cute.select(m.layout, mode=by_token)) for m in (mQ, mK, mV, mG, mO)
-        ]
-        q_tma, k_tma, v_tma = [cpasync.make_tiled_tma_atom(load, m, box, (C, 64)) for m in (mQ, mK, mV)]
-        g_tma = cpasync.make_tiled_tma_atom(load, mG, g_box, (C, D // self.g_boxes))
-        o_tma = cpasync.make_tiled_tma_atom(store, mO, box, (C, 64))
-
-        def mma(n, b_major):
-            op = warpgroup.MmaF16BF16Op(
-                BFloat16, Float32, (64, n, 16), OperandSource.RMEM, OperandMajorMode.K, b_major
-            )  # fmt: skip
-            return cute.make_tiled_mma(op)
-
+        load, store, g_cols = (
+            cpasync.CopyBulkTensorTileG2SOp(),
+            cpasync.CopyBulkTensorTileS2GOp(),
+            D // self.pipe.g_boxes,
+        )
+        mQ, mK, mV, mG, mO = by_token((mQ, mK, mV, mG, mO))
+        q_tma, k_tma, v_tma = [tma(load, m, BFloat16, 64) for m in (mQ, mK, mV)]
+        g_tma, o_tma = tma(load, mG, self.pipe.g_type, g_cols), tma(store, mO, BFloat16, 64)
         items = N * cute.size(mO.shape[2])
-        workers = max_blocks // self.blocks
-        grid = workers * self.blocks
+        workers = max_blocks // self.pipe.blocks
+        grid = workers * self.pipe.blocks
         if workspace == 0:
-            grid = cutlass.min(items, workers) * self.blocks
+            grid = cutlass.min(items, workers) * self.pipe.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
             mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints,
             first_checkpoints, every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags,
-            mma(2 * C, OperandMajorMode.K), mma(C, OperandMajorMode.K), mma(D, OperandMajorMode.MN),
+            tiled_mma(2 * C, OperandMajorMode.K), tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
-            grid=[grid, 1, 1], block=[self.threads, 1, 1], cluster=[self.blocks, 1, 1], stream=stream,
+            grid=[grid, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[self.pipe.blocks, 1, 1], stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
 
@@ -206,155 +142,87 @@ class KdaFwdSm90:
         items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
         mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
-        S = self.stages
+        pipe = self.pipe
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
 
         def table(size, align=128):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=align).iterator
 
-        ring = table(self.tiles.size * S, 1024)
-        out = table(2 * self.state_wgs * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
-        sTables = table(TABLES * S).toint()
+        ring = table(pipe.tiles.size * pipe.stages, 1024)
+        out = table(2 * pipe.state_wgs * BOX, 1024)  # o on its way out: [state warpgroup, buffer]
+        sTables = table(TABLES * pipe.stages).toint()
         sSystems = table(SYSTEM * SYSTEMS).toint()
         sPlan = table(PLAN).toint()
-        sBias = table(256 * (self.gate_warps or 2 * self.pairs), 16).toint()  # of each warp that makes gates
-        sLower = self.lower(table(48, 16).toint(), warp, cute.arch.lane_idx())
-        barriers = cute.make_layout(5 * S + 2 * SYSTEMS + 2 * PIECES + 3)
-        bars = smem.allocate_tensor(Int64, barriers, byte_alignment=8).iterator
-        raw_full, gated, ready, solved, empty = (bars + i * S for i in range(5))
-        a_full, a_empty = bars + 5 * S, bars + 5 * S + SYSTEMS
-        listed, taken = a_empty + SYSTEMS, a_empty + SYSTEMS + PIECES
-        left = taken + PIECES  # the other block has left what it was sent
-        settled = left + 1, left + 2  # a segment is done; a state has been handed on
+        sBias = table(256 * (pipe.gate_warps or 2 * pipe.pairs), 16).toint()
+        triangle = chunk.lower_triangle(table(48, 16).toint(), warp, cute.arch.lane_idx())
+        bars = smem.allocate_tensor(Int64, cute.make_layout(barriers.total(pipe)), byte_alignment=8).iterator
+        bars = Barriers.at(pipe, bars)
+        shared = Shared(ring, sTables, sSystems, sBias, triangle, bars)
 
         if warp == 0:
             with cute.arch.elect_one():
-                for s in cutlass.range_constexpr(S):
-                    cute.arch.mbarrier_init(raw_full + s, 1)
-                    cute.arch.mbarrier_init(gated + s, 32 * (self.gate_warps or 1))  # or `fetch`
-                    cute.arch.mbarrier_init(ready + s, 64)  # a pair of `prepare`
-                    cute.arch.mbarrier_init(solved + s, 32)
-                    sent = self.blocks == 2 and s < self.own_stages
-                    readers = (128 + 4 * sent) * self.state_wgs
-                    cute.arch.mbarrier_init(empty + s, readers)
-                cute.arch.mbarrier_init(left, 4 * self.state_wgs)
-                cute.arch.mbarrier_init(settled[0], 4 * self.state_wgs)
-                cute.arch.mbarrier_init(settled[1], 128 * self.state_wgs)
-                for i in cutlass.range_constexpr(SYSTEMS):
-                    cute.arch.mbarrier_init(a_full + i, 64)
-                    cute.arch.mbarrier_init(a_empty + i, 32)
-                for i in cutlass.range_constexpr(PIECES):
-                    cute.arch.mbarrier_init(listed + i, 1)
-                    # all but `load`, which lists them, and idle pairs
-                    cute.arch.mbarrier_init(taken + i, self.threads - 32 - 64 * (2 * self.prepare_wgs - self.pairs))
+                bars.init(pipe)
             cute.arch.mbarrier_init_fence()
             for atom in (q_tma, k_tma, v_tma, g_tma, o_tma):
                 cpasync.prefetch_descriptor(atom)
 
-        if const_expr(self.k_boxes == 1):
-            for s in cutlass.range_constexpr(S):
+        if const_expr(pipe.k_boxes == 1):
+            for s in cutlass.range_constexpr(pipe.stages):
                 for offset, size in (
-                    (self.tiles.k_half, 2 * BOX),
-                    (self.tiles.at_g + self.tiles.kr_half, self.tiles.kr_half),
+                    (pipe.tiles.k_half, 2 * BOX),
+                    (pipe.tiles.at_g + pipe.tiles.kr_half, pipe.tiles.kr_half),
                 ):
-                    at = ring.toint() + s * self.tiles.size + offset + cute.arch.thread_idx()[0] * 16
-                    for i in cutlass.range_constexpr(size // 16 // self.threads + 1):
-                        if cute.arch.thread_idx()[0] + i * self.threads < size // 16:
-                            ptx.sts_16(at + i * self.threads * 16, Uint32(0))
+                    at = ring.toint() + s * pipe.tiles.size + offset + cute.arch.thread_idx()[0] * 16
+                    for i in cutlass.range_constexpr(size // 16 // pipe.threads + 1):
+                        if cute.arch.thread_idx()[0] + i * pipe.threads < size // 16:
+                            ptx.sts_16(at + i * pipe.threads * 16, Uint32(0))
 
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
-        schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *self.worker())
-        work = (sPlan, listed, taken)  # what all roles walk through, see `piece`
+        schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *pipe.worker())
+        work = Listed(self.config.checkpoints, sPlan, bars.listed, bars.taken)
+        gate_inputs = gate.Inputs(A_log, dt_bias, lower_bound)
         cute.arch.sync_threads()
-        if const_expr(self.blocks == 2):  # the barriers are there
+        if const_expr(pipe.blocks == 2):  # the barriers are there
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
         if warp < 4:
-            if const_expr(self.sets_registers):
-                cute.arch.setmaxregister_decrease(self.regs_load)
+            if const_expr(pipe.registers is not None):
+                cute.arch.setmaxregister_decrease(pipe.registers.load)
             if warp == 0:
-                self.load(
-                    q_tma, tQ, k_tma, tK, v_tma, tV, g_tma, tG, ring, raw_full, empty,
-                    work, settled, items, H, T, state_indices, P, first_checkpoints, cu_seqlens, workspace,
-                    most_workers, flags,
+                roles_load.load(
+                    pipe, ((q_tma, tQ), (k_tma, tK), (v_tma, tV), (g_tma, tG)), shared, work, items, H, T,
+                    state_indices, P, first_checkpoints, cu_seqlens, workspace, most_workers, flags,
                 )  # fmt: skip
                 if cu_seqlens != 0:
                     schedule.clear_rest(self.clear, (mO, H), cu_seqlens, items // H, T, flags, *ptx.block())
             elif warp == 1:
-                self.invert(
-                    ring.toint(), sTables, sSystems, raw_full, solved, a_full, a_empty,
-                    beta, scale, flags, H, T, work,
-                )  # fmt: skip
+                roles_prepare.invert(pipe, shared, beta, scale, flags, H, T, work)
             else:
-                if const_expr(self.blocks == 1):
-                    self.gates(
-                        warp - 2, ring.toint(), sTables, sBias, raw_full, gated, A_log, dt_bias, lower_bound, work
-                    )  # fmt: skip
+                if const_expr(pipe.blocks == 1):
+                    roles_prepare.gates(pipe, warp - 2, shared, gate_inputs, work)
                 elif warp == 2:
-                    self.send(ring.toint(), sTables, ready, solved, raw_full, left, work)
+                    roles_cluster.send(pipe, shared, work)
                 else:
-                    self.fetch(v_tma, tV, ring, raw_full, gated, empty, work)
-        elif warp < 4 + 4 * self.prepare_wgs:
-            if const_expr(self.sets_registers):
-                cute.arch.setmaxregister_increase(self.regs_prepare)
-            if warp < 4 + 2 * self.pairs:
-                self.prepare(
-                    warp - 4, ring.toint(), sTables, sSystems, sBias, sLower, raw_full, gated, ready, solved, a_full,
-                    a_empty, A_log, dt_bias, lower_bound, work,
-                )  # fmt: skip
+                    roles_cluster.fetch(pipe, v_tma, tV, shared, work)
+        elif warp < 4 + 4 * pipe.prepare_wgs:
+            if const_expr(pipe.registers is not None):
+                cute.arch.setmaxregister_increase(pipe.registers.prepare)
+            if warp < 4 + 2 * pipe.pairs:
+                roles_prepare.prepare(pipe, warp - 4, shared, gate_inputs, work)
         else:
-            if const_expr(self.sets_registers):
-                cute.arch.setmaxregister_increase(self.regs_state)
-            self.state(
-                (warp - 4 - 4 * self.prepare_wgs) // 4, ring, out, sTables, raw_full, gated, ready, solved, empty, left,
-                mma_ks, mma_tm, mma_s, o_tma, tO, mO, initial_state, final_state, checkpoints, every, H, workspace,
-                most_workers, flags, work, settled,
+            if const_expr(pipe.registers is not None):
+                cute.arch.setmaxregister_increase(pipe.registers.state)
+            roles_state.state(
+                pipe, (warp - 4 - 4 * pipe.prepare_wgs) // 4, shared, out, (mma_ks, mma_tm, mma_s), o_tma, tO, mO,
+                (initial_state, final_state, checkpoints, every), H, workspace, most_workers, flags, work,
                 (mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound),
             )  # fmt: skip
-        if const_expr(self.blocks == 2):  # the other block may have something to send or to release here still
+        if const_expr(pipe.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
-
-    # ------------------------------------------------------------------ who does what
-
-    def worker(self):
-        """(which, of how many)"""
-        return schedule.worker(self.blocks)
-
-    def rank(self) -> Int32:
-        return schedule.rank(self.blocks)
-
-    @property
-    def form(self) -> gate.Form:
-        return gate.Form(self.config.gate, self.config.g_dtype, self.config.K, self.tiles, self.gates_rolled)
-
-    @property
-    def team(self) -> Team:
-        return Team(self.blocks, self.state_wgs)
-
-    def first_own(self, n: Int32, phase: Int32, period: int):
-        """Of the chunks from the n-th on the first that is the phase-th of its period."""
-        return n + (phase - n % period + period) % period
-
-    def count(self, work) -> Int32:
-        """Of a worker's pieces."""
-        return ptx.uniform(ptx.lds_i32(work[0] + AT_COUNT))
-
-    @cute.jit
-    def piece(self, nth: Int32, work):
-        """A piece as `load` lists it: (first token, tokens, head, batch, number of the state, what becomes of it,
-        number of the next initial state or -1, workers that have pieces of the item)."""
-        sPlan, listed, taken = work
-        at = sPlan + AT_PIECES + nth % PIECES * PIECE
-        cute.arch.mbarrier_wait(listed + nth % PIECES, nth // PIECES & 1)
-        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
-        if const_expr(self.config.checkpoints):
-            numbers += ptx.lds_i32x4(at + 32)[:2]
-        cute.arch.mbarrier_arrive(taken + nth % PIECES)
-        return tuple(ptx.uniform(x) for x in numbers)
 
     @cute.jit
     def clear(self, target, t: Int32):
@@ -365,1001 +233,13 @@ class KdaFwdSm90:
             row = mO[t, None, h, 0]
             ptx.stg_u32x4((row.iterator + lane % lanes * 8).toint(), (Uint32(0),) * 4)
 
-    @cute.jit
-    def wait(self, barrier, phase: Int32, lane: Int32):
-        """mbarrier_wait before a named barrier. The test always holds, which ptxas cannot see: it makes the lanes of a
-        warp leave the spinning together. They do on the machine, but not under compute-sanitizer, and a warp that comes
-        to a named barrier in parts counts as several: racecheck then reports hazards that are none."""
-        if lane + cute.arch.grid_dim()[0] != 0:
-            cute.arch.mbarrier_wait(barrier, phase)
-
-    def staged(self, base, dtype, kind, shape, order, stride=None):
-        """Swizzled tiles at `base` in shared memory, one a stage of the ring (or every `stride` bytes)."""
-        layout = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, dtype), shape, order)
-        stages = cute.make_layout(self.stages, stride=(stride or self.tiles.size) * 8 // dtype.width)
-        return cute.make_tensor(cute.recast_ptr(base, layout.inner, dtype), cute.append(layout.outer, stages))
-
-    def boxes_of(self, tma, m, start: Int32, cols: int, s_boxes):
-        """TMA views of a head [T, D] from token `start` on: shared boxes, and [box, chunk, column box] of the head."""
-        g = cute.local_tile(cute.domain_offset((start, 0), m), (C, cols), (None, None))
-        return cpasync.tma_partition(
-            tma, 0, cute.make_layout(1), cute.group_modes(s_boxes, 0, 2), cute.group_modes(g, 0, 2)
-        )
-
-    # ------------------------------------------------------------------ load
-
-    @cute.jit
-    def load(
-        self, q_tma, mQ, k_tma, mK, v_tma, mV, g_tma, mG, ring, raw_full, empty,
-        work, settled, items: Int32, H: Int32, T: Int32, state_indices: Int64, P: Int32, first_checkpoints: Int64,
-        cu_seqlens: Int64, workspace: Int64, most_workers: Int32, flags: Int32,
-    ):  # fmt: skip
-        """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
-        the tensor arrive as zeros."""
-
-        def boxes(offset, dtype, cols, count):  # TMA boxes of a stage, one behind the other
-            return self.staged(ring + offset, dtype, SmemLayoutAtomKind.K_SW128, (C, cols, count), (0, 1, 2))
-
-        bKQ = boxes(0, self.dtype, 64, 4)  # k, q of channels 0-63, k, q of channels 64-127
-        bG = boxes(self.tiles.at_g, self.g_type, D // self.g_boxes, self.g_boxes)
-        bV = boxes(self.tiles.at_v, self.dtype, 64, self.v_boxes)
-        tiles = (q_tma, mQ, bKQ), (k_tma, mK, bKQ), (v_tma, mV, bV), (g_tma, mG, bG)
-        stage, phase, n = Int32(0), Int32(1), Int32(0)
-        sPlan = work[0]
-        segment, built = ptx.lds_i32(sPlan + AT_SEGMENT), Int32(0)
-        if const_expr(self.blocks == 1):
-            if (segment != 0) & ((flags & MAPS_BUILT) != 0):
-                built = ptx.uniform(ptx.ldg_i32(segments.map_word(workspace, most_workers, self.worker()[0])))
-        count, at = self.count(work) - segment, ptx.lds_i32(sPlan + AT_END)
-        start, tokens, h, b, nh, fate, span = (Int32(0) for _ in range(7))
-        skipped, checkpoint = Int32(0), Int32(0)  # the first checkpoint of the sequence
-        readers_end = Int32(0)  # of what there is to tell about the first piece of an item
-        for nth in cutlass.range(count + 1, unroll=1):
-            # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
-            found = at, Int32(0), Int32(0), Int32(0), Int32(0), Int32(-1), Int32(0), Int32(0), Int32(0)
-            next_checkpoint = Int32(0)
-            if nth < count:
-                last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
-                found = schedule.find_piece(at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *self.worker())
-                if const_expr(self.blocks == 1):
-                    found = self.with_map(found, built)
-                if const_expr(self.config.checkpoints):
-                    next_checkpoint = ptx.ldg_i32(first_checkpoints + Int64(found[5] // H) * 4)
-                found = *found[:5], self.pooled(found[5], H, state_indices, P), *found[6:]
-            if nth > 0:
-                next_nh = found[5]
-                if (found[6] & ~(FINAL | HANDED_ON | COMPARED)) != 0:
-                    next_nh = Int32(-1)
-                if (fate & (COMPARED | SEGMENT)) == COMPARED:
-                    readers_end = span // SPAN + 1
-                numbers = start, tokens, h, b, nh, fate, next_nh, span, skipped, checkpoint
-                self.list_piece(nth - 1, numbers, work)
-            stage, phase, n = self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
-            at, start, tokens, h, b, nh, fate, span, skipped = found
-            checkpoint = next_checkpoint
-        self.finish(
-            count, segment, readers_end, tiles, raw_full, empty, stage, phase, n, work, settled, workspace, most_workers
-        )
-
-    @cute.jit
-    def pooled(self, nh: Int32, H: Int32, state_indices: Int64, P: Int32):
-        """The number of a state in memory; -1 if it is not kept. Wrong indices give none."""
-        if state_indices != 0:
-            n = nh // H
-            i = ptx.ldg_i32(state_indices + Int64(n) * 4)
-            nh += (i - n) * H
-            if (i < 0) | (i >= P):
-                nh = Int32(-1)
-        return nh
-
-    @cute.jit
-    def with_map(self, found, built: Int32):
-        """A segment that begins with the state that its item's maps give does not warm up."""
-        next_at, start, tokens, h, b, nh, fate, span, skipped = found
-        if built == 1:
-            if (fate & WARM_UP) != 0:
-                tokens = Int32(0)
-            if (fate & SEGMENT) != 0:
-                fate |= BUILT
-        return next_at, start, tokens, h, b, nh, fate, span, skipped
-
-    @cute.jit
-    def list_piece(self, nth: Int32, numbers, work):
-        sPlan, listed, taken = work
-        slot = nth % PIECES
-        cute.arch.mbarrier_wait(taken + slot, nth // PIECES & 1 ^ 1)
-        with cute.arch.elect_one():
-            to = sPlan + AT_PIECES + slot * PIECE
-            ptx.sts_i32x4(to, numbers[:4])
-            ptx.sts_i32x4(to + 16, numbers[4:8])
-            if const_expr(self.config.checkpoints):
-                ptx.sts_i32x4(to + 32, numbers[8:] * 2)
-            cute.arch.mbarrier_arrive(listed + slot)
-
-    @cute.jit
-    def load_piece(
-        self, tiles, raw_full, empty, start: Int32, tokens: Int32, h: Int32, b: Int32, stage: Int32, phase: Int32,
-        n: Int32,
-    ):  # fmt: skip
-        (q_tma, mQ, bKQ), (k_tma, mK, _), (v_tma, mV, bV), (g_tma, mG, bG) = tiles
-        vs, h_qk = self.rank(), h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2]))
-        sK_, gK = self.boxes_of(k_tma, mK[None, None, h_qk, b], start, 64, bKQ)
-        sQ_, gQ = self.boxes_of(q_tma, mQ[None, None, h_qk, b], start, 64, bKQ)
-        sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-        sG_, gG = self.boxes_of(g_tma, mG[None, None, h, b], start, D // self.g_boxes, bG)
-        chunks = cute.ceil_div(tokens, C)
-        for c in cutlass.range(self.first_own(n, vs, self.blocks) - n, chunks, self.blocks, unroll=1):
-            cute.arch.mbarrier_wait(empty + stage, phase)
-            bar, g_boxes = raw_full + stage, self.g_boxes * self.k_boxes // 2
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(bar, (2 * self.k_boxes + self.v_boxes + g_boxes) * BOX)
-            for i in cutlass.range_constexpr(g_boxes):
-                cute.copy(g_tma, gG[None, c, i], sG_[None, i, stage], tma_bar_ptr=bar)
-            for i in cutlass.range_constexpr(self.k_boxes):
-                cute.copy(k_tma, gK[None, c, i], sK_[None, 2 * i, stage], tma_bar_ptr=bar)
-                cute.copy(q_tma, gQ[None, c, i], sQ_[None, 2 * i + 1, stage], tma_bar_ptr=bar)
-            for i in cutlass.range_constexpr(self.v_boxes):
-                cute.copy(v_tma, gV[None, c, vs + i], sV_[None, i, stage], tma_bar_ptr=bar)
-            stage += 1
-            if stage == self.own_stages:
-                stage = Int32(0)
-                phase ^= 1
-        return stage, phase, n + chunks
-
-    @cute.jit
-    def finish(
-        self, count: Int32, segment: Int32, readers_end: Int32, tiles, raw_full, empty, stage: Int32, phase: Int32,
-        n: Int32, work, settled, workspace: Int64, most_workers: Int32,
-    ):  # fmt: skip
-        """What blocks tell one another, and the last piece if there is a segment: it again, or nothing but to store its
-        state. Not in the loop over pieces, where lanes that part ways would cost ptxas its uniform registers."""
-        sPlan, lane = work[0], cute.arch.lane_idx()
-        if readers_end > 0:
-            cute.arch.mbarrier_wait(settled[1], 0)
-            hashes = (segments.noted(self.team, sPlan, 0),) * 2  # nobody asks what it began with
-            segments.tell(self.team, workspace, most_workers, Int64(EXACT), hashes, self.worker()[0] + 1, readers_end)
-        if segment > 0:
-            cute.arch.sync_warp()
-            at = sPlan + AT_PIECES + (count - 1) % PIECES * PIECE
-            start, tokens, h, b = ptx.lds_i32x4(at)
-            checkpoint = ptx.lds_i32x4(at + 32)[:2]
-            nh, fate, next_nh, span = ptx.lds_i32x4(at + 16)
-            again, not_needed = segments.judge(self.team, workspace, most_workers, sPlan, settled[0], span, fate)
-            handed_on = (fate & HANDED_ON) != 0
-            fate = fate & (HANDED_ON | COMPARED)
-            if not handed_on:
-                fate = Int32(FINAL)
-            if again != 0:
-                fate |= AGAIN
-            else:
-                fate, tokens = KEPT | (fate & FINAL), Int32(0)
-            self.list_piece(count, (start, tokens, h, b, nh, fate, next_nh, span, *checkpoint), work)
-            self.load_piece(tiles, raw_full, empty, start, tokens, h, b, stage, phase, n)
-            if not_needed != 0:
-                if handed_on:
-                    cute.arch.mbarrier_wait(settled[1], 0)
-                # a lane for each state handed on, which is the right one now, and for each of the worker before
-                slice, mine, theirs = segments.slice_of(self.team, lane), Int64(HANDED), Int64(NOT_NEEDED)
-                if lane >= self.state_wgs:
-                    slice, mine, theirs = slice - self.state_wgs - 2, theirs, mine
-                if (lane < 2 * self.state_wgs) & (handed_on | (lane >= self.state_wgs)):
-                    segments.settle(workspace, slice, mine, theirs)
-
-    # ------------------------------------------------------------------ between the blocks of a cluster
-
-    @cute.jit
-    def send(self, ring: Int32, sTables: Int32, ready, solved, raw_full, left, work):
-        """One warp: each chunk that this block has prepared, all but v, to the other block."""
-        S, other, n = self.own_stages, self.rank() ^ 1, Int32(0)
-        for nth in cutlass.range(self.count(work), unroll=1):
-            tokens = self.piece(nth, work)[1]
-            end = n + cute.ceil_div(tokens, C)
-            for c in cutlass.range(self.first_own(n, self.rank(), 2), end, 2, unroll=1):
-                own = c // 2
-                stage = own % S
-                cute.arch.mbarrier_wait(ready + stage, own // S & 1)
-                cute.arch.mbarrier_wait(solved + stage, own // S & 1)
-                cute.arch.mbarrier_wait(left, own & 1 ^ 1)
-                bar = (raw_full + S).toint()
-                with cute.arch.elect_one():
-                    for base, step, size in ((ring, self.tiles.size, self.tiles.sent), (sTables, TABLES, TABLES)):
-                        ptx.send(base + S * step, base + stage * step, size, bar, other)
-            n = end
-
-    @cute.jit
-    def fetch(self, v_tma, mV, ring, raw_full, gated, empty, work):
-        """One warp: v for the chunks that the other block prepares. `gated` says that rows behind the end are zero."""
-        bV = self.staged(ring + self.tiles.at_v, self.dtype, SmemLayoutAtomKind.K_SW128, (C, 64, 1), (0, 1, 2))
-        lane, rank, stage, n = cute.arch.lane_idx(), self.rank(), self.own_stages, Int32(0)
-        for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b = self.piece(nth, work)[:4]
-            sV_, gV = self.boxes_of(v_tma, mV[None, None, h, b], start, 64, bV)
-            end = n + cute.ceil_div(tokens, C)
-            for c in cutlass.range(self.first_own(n, rank ^ 1, 2), end, 2, unroll=1):
-                phase = c // 2 & 1
-                cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
-                bar = raw_full + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(bar, BOX + self.tiles.sent + TABLES)
-                cute.copy(v_tma, gV[None, c - n, rank], sV_[None, 0, stage], tma_bar_ptr=bar)
-                valid = tokens - (c - n) * C
-                if valid < C:
-                    cute.arch.mbarrier_wait(bar, phase)
-                    self.clear_rows((ring + self.tiles.at_v).toint() + stage * self.tiles.size, valid, lane)
-                cute.arch.mbarrier_arrive(gated + stage)
-            n = end
-
-    # ------------------------------------------------------------------ gate
-
-    @cute.jit
-    def gates(
-        self, half: Int32, ring: Int32, sTables: Int32, sBias: Int32, raw_full, gated,
-        A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
-    ):  # fmt: skip
-        """Two warps, 64 channels each: g -> the gate's positive factor in fp16, where g was; anchors of each channel.
-
-        The log2 decay is lam times the factor, whose relative error in fp16 is 2^-11 at most: 2^G errs by 2^-11 / e.
-        """
-        S = self.stages
-        lane = cute.arch.lane_idx()
-        bias_at = sBias + half * 256
-        stage, phase = Int32(0), Int32(0)
-        for nth in cutlass.range(self.count(work), unroll=1):
-            tokens, h = self.piece(nth, work)[1:3]
-            slope = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane)
-            for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
-                sStage = ring + stage * self.tiles.size
-                self.wait(raw_full + stage, phase, lane)
-                gate.of_chunk(
-                    self.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C, lane
-                )
-                cute.arch.mbarrier_arrive(gated + stage)
-                stage += 1
-                if stage == S:
-                    stage = Int32(0)
-                    phase ^= 1
-
-    # ------------------------------------------------------------------ prepare
-
-    @cute.jit
-    def prepare(
-        self, warp: Int32, ring: Int32, sTables: Int32, sSystems: Int32, sBias: Int32, sLower: Int32,
-        raw_full, gated, ready, solved, a_full, a_empty, A_log: Int64, dt_bias: Int64, lower_bound: Float32, work,
-    ):  # fmt: skip
-        """Pairs of warps, each every `pairs`-th chunk: q, k -> Qd, Kd in place; Kr where g was; M; A for `invert`.
-
-        Warp h of a pair has channels 64 h .. of all 32 tokens, and so half sums of A and M, which the two exchange at
-        the chunk's end.
-        """
-        S, P, blocks, rank = self.own_stages, self.pairs, self.blocks, self.rank()
-        pair, half, bias_at = warp // 2, warp % 2, sBias + warp * 256
-        lane = cute.arch.lane_idx()
-        row = lane // 4
-        lam = gate.log2_of_factor(self.form, lower_bound)
-        lower = sLower + (Int32(lane % 4 * 2 <= row) + Int32(lane % 4 * 2 < row)) * 16
-        tile = fragments.tile_at(Int32(0), lane)
-
-        n = Int32(0)  # chunks of the pieces before
-        for nth in cutlass.range(self.count(work), unroll=1):
-            tokens, h = self.piece(nth, work)[1:3]
-            first, end = self.first_own(n, blocks * pair + rank, blocks * P), n + cute.ceil_div(tokens, C)
-            slope = Float32(0.0)
-            if const_expr(self.gate_warps == 0):
-                if first < end:
-                    slope = gate.parameters(self.form, A_log, dt_bias, h, half, bias_at, lane)
-            tokens += n * C  # from the block's first chunk on, as c
-            for c in cutlass.range(first, end, blocks * P, unroll=1):
-                own = c // blocks
-                stage, slot = own % S, own % SYSTEMS
-                left = tokens - c * C
-                sStage = ring + stage * self.tiles.size
-                system = sSystems + slot * SYSTEM
-                self.wait(raw_full + stage, own // S & 1, lane)
-                if left < C:
-                    self.clear_tail(lane, half, left, sStage)
-                if const_expr(self.gate_warps == 0):
-                    gate.of_chunk(
-                        self.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
-                    )
-                else:
-                    self.wait(gated + stage, own // S & 1, lane)
-                cute.arch.sync_warp()
-                tile_kq = sStage + half * self.tiles.k_half + tile
-                tile_kr = sStage + self.tiles.at_g + half * self.tiles.kr_half + tile
-                table = sStage + self.tiles.at_t + half * ANCHORS + lane % 4 * 16
-                # of Kd Ki^T and Qd Ki^T the blocks on and below the diagonal, and |q|^2: sums over the warp's channels
-                acc = cute.make_rmem_tensor((SUMS + 4,), Float32)
-                for i in cutlass.range_constexpr(SUMS + 4):
-                    acc[i] = Float32(0.0)
-                triangle = ptx.lds_u32x4(lower)
-                for kk in cutlass.range(4, unroll=1):
-                    self.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, triangle, lam)
-                A, M, q2 = self.accumulators(acc)
-
-                # `invert` takes A and the squares from one of its buffers
-                if const_expr(P > SYSTEMS):
-                    # other pairs use it too: a phase says whose turn it is only to who is not late
-                    if own >= P:
-                        self.wait(solved + (own - P) % S, (own - P) // S & 1, lane)
-                self.wait(a_empty + slot, own // SYSTEMS & 1 ^ 1, lane)
-                for i in cutlass.range_constexpr(4 if self.queries else 0):
-                    q_sum = fragments.quad_sum(q2[i])
-                    if lane % 4 == 0:
-                        ptx.sts_f32(system + SQUARES + ((1 + half) * C + 8 * i + row) * 4, q_sum)
-                # Of the half sums, the second warp leaves A's to the first in the system's place, the first M's to the
-                # second in that of T and M, when both need the anchors there no more.
-                cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
-                a_at, m_at = system + lane * 16, sStage + self.tiles.at_t + lane * 16
-                self.give(a_at, m_at, A, M, half)
-                cute.arch.barrier(barrier_id=PAIR_BAR + pair, number_of_threads=64)
-                if half == 0:
-                    self.store_a(self.take(a_at, A), system, lane)
-                else:
-                    if const_expr(self.queries):
-                        self.store_m(self.take(m_at, M), sStage + self.tiles.at_m, lane)
-                cute.arch.fence_view_async_shared()
-                cute.arch.mbarrier_arrive(a_full + slot)
-                cute.arch.mbarrier_arrive(ready + stage)
-            n = end
-
-    @cute.jit
-    def lower(self, table: Int32, warp: Int32, lane: Int32) -> Int32:
-        """The lower triangle of ones as an operand A, to sum over tokens: what a lane has whose two elements on the
-        diagonal are 0, 0 or 1, 0 or 1, 1. In shared memory, since ptxas makes constants anew at each use."""
-        if (warp == 1) & (lane < 3):
-            diagonal = Uint32(0x3C00) * Uint32(lane > 0) | Uint32(0x3C000000) * Uint32(lane > 1)
-            ptx.sts_u32x4(table + lane * 16, (diagonal, Uint32(0x3C003C00), Uint32(0), diagonal))
-        return table
-
-    @cute.jit
-    def load_beta(self, address: Int64, start: Int64, H: Int32, token: Int32, tokens: Int32, flags: Int32) -> Uint32:
-        """beta of a token as it is in memory: touched as late as can be."""
-        x = Uint32(0)
-        if token < tokens:
-            index = start + Int64(token) * H
-            if (flags & (BETA_BF16 | BETA_FP16)) != 0:
-                x = ptx.ldg_u16(address + index * 2)
-            else:
-                x = ptx.ldg_u32(address + index * 4)
-        return x
-
-    @cute.jit
-    def beta(self, raw: Uint32, exists: Boolean, flags: Int32) -> Float32:
-        """beta, sigmoid(beta) or 2 sigmoid(beta); 0 behind the sequence's end."""
-        if (flags & BETA_BF16) != 0:
-            raw = raw << 16
-        x = ptx.as_f32(raw)
-        if (flags & BETA_FP16) != 0:
-            x = ptx.f16_lo(raw)
-        if (flags & BETA_SIGMOID) != 0:
-            x = ptx.rcp(1.0 + ptx.ex2(x * -LOG2_E))
-            if (flags & NEG_EIGVAL) != 0:
-                x = x * 2.0
-        if not exists:
-            x = Float32(0.0)
-        return x
-
-    @cute.jit
-    def clear_tail(self, lane: Int32, half: Int32, valid: Int32, sStage: Int32):
-        """Rows behind the sequence's end hold the next one's tokens: zero them, so that not even a NaN gets in."""
-        self.clear_rows(sStage + half * self.tiles.k_half, valid, lane)
-        if const_expr(self.queries):
-            self.clear_rows(sStage + half * self.tiles.k_half + BOX, valid, lane)
-        if half < self.v_boxes:
-            self.clear_rows(sStage + self.tiles.at_v + half * BOX, valid, lane)
-
-    @cute.jit
-    def clear_rows(self, box: Int32, valid: Int32, lane: Int32):
-        for j in cutlass.range_constexpr(C * 8 // 32):  # 8 pieces of 16 bytes in a row of a box
-            if lane + 32 * j >= valid * 8:
-                ptx.sts_16(box + (lane + 32 * j) * 16, Uint32(0))
-
-    def decay(self, acc: cute.Tensor, tile_kq: Int32, tile_kr: Int32, table: Int32, lower, lam: Float32) -> None:
-        """16 channels of the 32 tokens: k and q become Kd and Qd, Kr is stored, the sums over channels in acc go on."""
-        F = self.form.frames
-        at = [table + nt * 64 for nt in range(2)]  # by half of the channels
-        g = [ptx.ldmatrix_x4(tile_kr + s * 2048, trans=True) for s in range(2)]
-        offset = [ptx.lds_f32x4(a) + (ptx.lds_f32x4(a + 512) if F == 4 else ()) for a in at]
-        ahead = 2 if self.queries else 1  # without q there are fewer registers
-        tiles = [self.tile_of(tile_kq, s) for s in range(ahead)]
-        shifts = [ptx.lds_u32x2(a + 1032) + (ptx.lds_u32x2(a + 1536) if F == 4 else ()) for a in at]
-        w = [ptx.lds_f32x2(a + 1024) for a in at]
-        roots = shifts = list(zip(*shifts, strict=True))  # by frame
-        if self.form.step == 2:
-            shifts = [shifts[0], *(fragments.times(x, x) for x in shifts[1:])]
-        to_start, to_end = [shifts[0]], [None, shifts[-1]]  # from each frame's anchor; from the last frame's backwards
-        for i in range(1, F):
-            to_start.append(fragments.times(to_start[-1], shifts[i]))
-        for i in range(F - 2, 0, -1):
-            to_end.append(fragments.times(to_end[-1], shifts[i]))
-        before = []  # k 2^-x of 8 tokens each, as operands B, relative to the present frame's anchor
-        for s in range(2):
-            k, q = tiles[s] if s < ahead else self.tile_of(tile_kq, s)
-            frame = [(2 * s + r) * F // 4 for r in range(2)]
-            x = []
-            for nt in range(2):
-                G = ptx.mma_f16(lower, g[s][2 * nt], g[s][2 * nt + 1], (Float32(0.0),) * 4)
-                x.append([ptx.fma(G[i], lam, offset[nt][2 * frame[i // 2] + i % 2]) for i in range(4)])
-            lk, lq, ki, kr = self.decayed(k, q, x, w, acc, s)
-            for r in range(2):
-                i = 2 * s + r
-                if i % (4 // F) == 0 and i > 0:
-                    *older, last = before
-                    if self.form.step == 2:
-                        last = fragments.times(last, roots[frame[r]])
-                    before = [fragments.times(b, shifts[frame[r]]) for b in older] + [
-                        fragments.times(last, roots[frame[r]])
-                    ]
-                before.append((ki[r], ki[r + 2]))
-                if F == 4:  # 8 rows of k, the same of q
-                    for j in range(i + 1):
-                        a = (lk[r], lq[r], lk[r + 2], lq[r + 2])
-                        self.product_into(acc, QUADS.index((i, j)), a, before[j], 4 if self.queries else 2)
-            if F == 2:
-                for j, b in enumerate(before):
-                    for i, a in enumerate((lk, lq) if self.queries else (lk,)):
-                        self.product_into(acc, SUMS // 8 * i + 2 * s + j, a, b, 4)
-            rows = [to_start[frame[j % 2]][j // 2] for j in range(4)]
-            ptx.stmatrix_x4(tile_kq + s * 2048, fragments.times(lk, rows))
-            if self.queries:
-                ptx.stmatrix_x4(tile_kq + s * 2048 + BOX, fragments.times(lq, rows))
-            for j in range(4):
-                if frame[j % 2] < F - 1:
-                    kr[j] = ptx.mul_bf16x2(kr[j], to_end[F - 1 - frame[j % 2]][j // 2])
-            ptx.stmatrix_x4(tile_kr + s * 2048, tuple(kr))
-
-    def tile_of(self, tile_kq: Int32, s: int):
-        """k and q of 16 tokens x 16 channels."""
-        k = ptx.ldmatrix_x4(tile_kq + s * 2048)
-        return k, ptx.ldmatrix_x4(tile_kq + s * 2048 + BOX) if self.queries else k
-
-    def product_into(self, acc: cute.Tensor, block: int, a, b, used: int) -> None:
-        """Adds 16 rows times 8 of k, of 16 channels, to a block of sums, if it uses 8 of the rows only half of it."""
-        out = ptx.mma_bf16(a, *b, tuple(acc[4 * block + i] if i < used else Float32(0.0) for i in range(4)))
-        for i in range(used):
-            acc[4 * block + i] = out[i]
-
-    def accumulators(self, acc: cute.Tensor):
-        """A and M by 8 x 8 block, and the four sums of squares."""
-        if self.form.frames == 2:
-            rows = [4 * (i // 2 * 2 + j) + i % 2 * 2 for i, j in QUADS]
-            A, M = [[(acc[at + x], acc[at + x + 1]) for x in rows] for at in (0, SUMS // 2)]
-        else:
-            A, M = [[(acc[4 * b + at], acc[4 * b + at + 1]) for b in range(len(QUADS))] for at in (0, 2)]
-        return A, M, [acc[SUMS + i] for i in range(4)]
-
-    def decayed(self, k, q, x, w, acc: cute.Tensor, s: int):
-        """k 2^x, q 2^x, k 2^-x and k 2^-x w of 16 tokens x 16 channels, x = G - p and w = 2^(G_C - p) of the last p."""
-        lk, lq, ki, kr = [], [], [], []
-        for j in range(4):  # register j: rows (j % 2), channels 8 (j // 2)
-            e = x[j // 2][2 * (j % 2) : 2 * (j % 2) + 2]
-            up, down = [ptx.ex2(y) for y in e], [ptx.ex2(-y) for y in e]
-            kf, qf = fragments.pair(k[j], self.config.dtype), fragments.pair(q[j], self.config.dtype)
-            if self.queries:
-                at = SUMS + 2 * s + j % 2
-                acc[at] = ptx.fma(qf[1], qf[1], ptx.fma(qf[0], qf[0], acc[at]))
-            kd = [kf[i] * down[i] for i in range(2)]
-            lk.append(ptx.pack_bf16(kf[0] * up[0], kf[1] * up[1]))
-            lq.append(ptx.pack_bf16(qf[0] * up[0], qf[1] * up[1]) if self.queries else Uint32(0))
-            ki.append(ptx.pack_bf16(*kd))
-            kr.append(ptx.pack_bf16(kd[0] * w[j // 2][0], kd[1] * w[j // 2][1]))
-        return lk, lq, ki, kr
-
-    @cute.jit
-    def give(self, a_at: Int32, m_at: Int32, A, M, half: Int32):
-        """Leave the half sums that the other warp completes: 2.5 KiB, 16 bytes a lane at a time."""
-        for i in cutlass.range_constexpr(len(QUADS) // 2):
-            if half == 0:
-                if const_expr(self.queries):
-                    ptx.sts_f32x4(m_at + i * 512, M[2 * i] + M[2 * i + 1])
-            else:
-                ptx.sts_f32x4(a_at + i * 512, A[2 * i] + A[2 * i + 1])
-
-    def take(self, at: Int32, X):
-        """The sum of X and of what the other warp gave."""
-        other = [x for i in range(len(QUADS) // 2) for x in ptx.lds_f32x4(at + i * 512)]
-        cute.arch.sync_warp()
-        return [(x[0] + other[2 * b], x[1] + other[2 * b + 1]) for b, x in enumerate(X)]
-
-    @cute.jit
-    def store_a(self, A, system: Int32, lane: Int32):
-        """Kd Ki^T strictly below the diagonal, transposed, fp32; and its diagonal, which is |k|^2."""
-        r, col = lane // 4, lane % 4 * 2
-        for b in cutlass.range_constexpr(len(QUADS)):
-            i, j = QUADS[b]
-            for e in cutlass.range_constexpr(2):
-                c, a = col + e, A[b][e]
-                if const_expr(i == j):
-                    if r == c:
-                        ptx.sts_f32(system + SQUARES + (QUAD * i + r) * 4, a)
-                    a = a if c < r else Float32(0.0)
-                ptx.sts_f32(system + (QUAD * j + c) * A_ROW + (QUAD * i + r) * 4, a)
-
-    @cute.jit
-    def store_m(self, M, sM: Int32, lane: Int32):
-        """M = lower(Qd Ki^T), bf16 (64-byte swizzle)."""
-        row, col = lane // 4, lane % 4 * 2
-        for i in cutlass.range_constexpr(2):
-            for j in cutlass.range_constexpr(2):
-                words = []
-                for q in cutlass.range_constexpr(4):
-                    at = 2 * i + q % 2, 2 * j + q // 2
-                    word = Uint32(0)
-                    if const_expr(at in QUADS):
-                        m0, m1 = M[QUADS.index(at)]
-                        if const_expr(at[0] == at[1]):
-                            m0 = m0 if col <= row else Float32(0.0)
-                            m1 = m1 if col + 1 <= row else Float32(0.0)
-                        word = ptx.pack_bf16(m0, m1)
-                    words.append(word)
-                fragments.store_tile(sM, i, j, words, lane)
-
-    # ------------------------------------------------------------------ invert
-
-    @cute.jit
-    def invert(
-        self, ring: Int32, sTables: Int32, sSystems: Int32, raw_full, solved, a_full, a_empty,
-        beta: Int64, scale: Float32, flags: Int32, H: Int32, T: Int32, work,
-    ):  # fmt: skip
-        """One warp: T = diag(1/|k|) (I + A)^-1 diag(beta).
-
-        The diagonal blocks by forward substitution in fp32, a column a lane, used column by column of A, so that one
-        multiply-add, not a sum, lies between x_j and x_j+1. Then T10 = -T11 (diag(1/|k|) Kd Ki^T)10 T00 on the tensor
-        cores, in bf16 high and low parts.
-
-        Rounding T's diagonal to bf16 is an error of every update. With beta up to 2, whose updates hardly forget, it
-        shows: there T is (I + A)^-1, bare, with ones on its diagonal, and `state` multiplies by the rest in fp32.
-        """
-        lane = cute.arch.lane_idx()
-        n = Int32(0)
-        for nth in cutlass.range(self.count(work), unroll=1):
-            start, tokens, h, b = self.piece(nth, work)[:4]
-            first, end = self.first_own(n, self.rank(), self.blocks), n + cute.ceil_div(tokens, C)
-            beta_at = (Int64(b) * T + start - n * C) * H + h
-            tokens += n * C  # from the block's first chunk on, as c
-            next_beta = self.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
-            for c in cutlass.range(first, end, self.blocks, unroll=1):
-                own = c // self.blocks
-                stage, slot = own % self.own_stages, own % SYSTEMS
-                system = sSystems + slot * SYSTEM
-                norm_at = sTables + stage * TABLES + NORM
-                raw_beta = next_beta
-                next_beta = self.load_beta(beta, beta_at, H, (c + self.blocks) * C + lane, tokens, flags)
-                # what makes the stage's tables ours: `state` has left them, the loads have come
-                cute.arch.mbarrier_wait(raw_full + stage, own // self.own_stages & 1)
-                cute.arch.mbarrier_wait(a_full + slot, own // SYSTEMS & 1)
-                squares = system + SQUARES + lane * 4
-                k2 = ptx.lds_f32(squares)
-                rk, q2 = self.inverse_norm(k2, flags), Float32(0.0)
-                if const_expr(self.queries):
-                    q2 = ptx.lds_f32(squares + C * 4) + ptx.lds_f32(squares + 2 * C * 4)
-                    ptx.sts_f32(norm_at + (C + lane) * 4, self.inverse_norm(q2, flags) * scale)
-                b_i = self.beta(raw_beta, c * C + lane < tokens, flags)
-                # NaN, for `state` to find, where products might overflow
-                b_i = ptx.fma((k2 + q2) * float(2.0**128 / USUAL), Float32(0.0), b_i)
-                ptx.sts_f32(norm_at + lane * 4, rk)
-                ptx.sts_f32(squares, -rk * b_i)
-                if const_expr(self.config.neg_eigval):
-                    ptx.sts_f32(norm_at + (2 * C + lane) * 4, b_i)
-                cute.arch.sync_warp()
-                # lanes 0-15: T00, lanes 16-31: T11
-                block = lane // SUB * SUB
-                x = self.substitute(system, norm_at, block, lane - block, b_i)
-                cute.arch.sync_warp()
-                sT = ring + stage * self.tiles.size + self.tiles.at_t
-                for j in cutlass.range_constexpr(SUB):
-                    ptx.sts_f32(system + (block + j) * A_ROW + lane * 4, x[j])  # over A's diagonal blocks
-                cute.arch.sync_warp()
-                row, col = lane // 4, lane % 4 * 2
-                t11, t00, a10 = [], [], []
-                for e in cutlass.range_constexpr(4):  # operand registers: rows or columns 8 (e % 2), then 8 (e // 2)
-                    r, c8 = row + e % 2 * 8, col + e // 2 * 8
-                    t11.append(fragments.high_low(ptx.lds_f32x2(system + (SUB + r) * A_ROW + (SUB + c8) * 4)))
-                    a_ij = ptx.lds_f32x2(system + r * A_ROW + (SUB + c8) * 4)
-                    rk_i = ptx.lds_f32x2(norm_at + (SUB + c8) * 4)
-                    a_ij = a_ij[0] * rk_i[0], a_ij[1] * rk_i[1]
-                    if const_expr(self.config.neg_eigval):
-                        beta_i, rk_j = ptx.lds_f32x2(norm_at + (2 * C + SUB + c8) * 4), ptx.lds_f32(norm_at + r * 4)
-                        a_ij = a_ij[0] * beta_i[0] * rk_j, a_ij[1] * beta_i[1] * rk_j
-                    a10.append(fragments.high_low(a_ij))
-                    t_jc = system + c8 * A_ROW + r * 4
-                    t00.append(fragments.high_low((ptx.lds_f32(t_jc), ptx.lds_f32(t_jc + A_ROW))))
-                p = fragments.product(t11, a10)
-                p = [fragments.high_low((p[e // 2][e % 2 * 2], p[e // 2][e % 2 * 2 + 1])) for e in range(4)]
-                t10 = fragments.product(p, t00)
-                words = [[], [], [], []]
-                for e in cutlass.range_constexpr(4):
-                    r, c8 = row + e % 2 * 8, col + e // 2 * 8
-                    t = system + r * A_ROW + c8 * 4
-                    words[0].append(ptx.pack_bf16(*ptx.lds_f32x2(t)))
-                    words[1].append(Uint32(0))
-                    words[2].append(ptx.pack_bf16(-t10[e // 2][e % 2 * 2], -t10[e // 2][e % 2 * 2 + 1]))
-                    words[3].append(t11[e][0])
-                for i in cutlass.range_constexpr(4):
-                    fragments.store_tile(sT, i // 2, i % 2, words[i], lane)
-                cute.arch.fence_view_async_shared()
-                cute.arch.mbarrier_arrive(a_empty + slot)
-                cute.arch.mbarrier_arrive(solved + stage)
-            n = end
-
-    def substitute(self, system: Int32, norm_at: Int32, block: Int32, unit: Int32, beta: Float32):
-        """Column `unit` of the inverse of a diagonal block: x_j = delta - beta_j |k_j|^-1 sum_i<j A_ji |k_i|^-1 x_i,
-        times beta |k_j|^-1 unless T is bare. Loads are a step ahead."""
-
-        def operands(j):
-            at = system + (block + j) * A_ROW + block * 4
-            column = [x for i in range((j + 1) // 4 * 4, SUB, 4) for x in ptx.lds_f32x4(at + i * 4)]
-            return (
-                ptx.lds_f32(system + SQUARES + (block + j) * 4), ptx.lds_f32(norm_at + (block + j) * 4),
-                column[(j + 1) % 4 :],
-            )  # fmt: skip
-
-        x = [Float32(0.0)] * SUB
-        ahead = operands(0)
-        for j in range(SUB):
-            factor, rk, column = ahead
-            if j + 1 < SUB:
-                ahead = operands(j + 1)
-            x_j = ptx.fma(x[j], factor, fragments.delta(unit, j))
-            y = x_j * rk
-            for i in range(j + 1, SUB):
-                x[i] = ptx.fma(column[i - j - 1], y, x[i])
-            x[j] = x_j if self.config.neg_eigval else y * beta
-        return x
-
-    @cute.jit
-    def inverse_norm(self, x2: Float32, flags: Int32) -> Float32:
-        r = Float32(1.0)
-        if (flags & L2NORM) != 0:
-            r = ptx.rsqrt(x2 + EPS)
-        return r
-
-    # ------------------------------------------------------------------ state
-
-    @cute.jit
-    def state(
-        self, wg: Int32, ring, out, sTables: Int32, raw_full, gated, ready, solved, empty, left,
-        mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
-        o_tma, tO, mO, initial_state: Int64, final_state: Int64, checkpoints: Int64, every: Int32, H: Int32,
-        workspace: Int64, most_workers: Int32, flags: Int32, work, settled, inputs,
-    ):  # fmt: skip
-        """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
-
-        In a product 0 times NaN is NaN, so a token that is not finite spoils those before it in its chunk. It leaves a
-        state that is not finite, and so do numbers whose squares might overflow, see `invert`: then the piece goes
-        token by token, once more.
-
-        A segment does not wait for the state before it. It warms up on the chunks before its own, from a zero state,
-        and goes on with what comes out if these chunks' decays say that the true state is forgotten by then; else it
-        waits for that. Its state's hash at both ends is for `load`, which finds out whether the guess was right (see
-        `judge`). If not, the segment runs again from the state handed on: what comes out are the bits of one segment
-        after the other, for any input.
-        """
-        thread = cute.arch.thread_idx()[0] % 128
-        warp, lane = thread // 32, cute.arch.lane_idx()
-        col = lane % 4 * 2
-
-        def operand_a(mma, k):
-            return mma.get_slice(thread).make_fragment_A(mma.get_slice(thread).partition_shape_A((64, k)))
-
-        def operand_b(mma, t):
-            return mma.get_slice(thread).make_fragment_B(mma.get_slice(thread).partition_B(t))
-
-        def fragment(mma, n):
-            return mma.get_slice(thread).make_fragment_C(mma.get_slice(thread).partition_shape_C((64, n)))
-
-        kind = SmemLayoutAtomKind
-        bKQ = operand_b(mma_ks, self.staged(ring, BFloat16, kind.K_SW128, (2 * C, D), (0, 1)))
-        sKr = self.staged(ring + self.tiles.at_g, BFloat16, kind.MN_SW128, (D, self.g_boxes // 2 * C), (1, 0))
-        bKr = operand_b(mma_s, cute.local_tile(sKr, (D, C, self.stages), (0, 0, 0)))
-        bT = operand_b(mma_tm, self.staged(ring + self.tiles.at_t, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-        bM = operand_b(mma_tm, self.staged(ring + self.tiles.at_m, BFloat16, kind.K_SW64, (C, C), (0, 1)))
-        acc_s = fragment(mma_s, D)
-        acc_ro = fragment(mma_ks, 2 * C)  # tokens 0-31: Kd S^T, 32-63: Qd S^T
-        acc_u, acc_o = fragment(mma_tm, C), fragment(mma_tm, C)
-        fS, fU = operand_a(mma_ks, D), operand_a(mma_tm, C)
-
-        sO = self.staged(out, self.dtype, kind.K_SW128, (C, 64), (0, 1), stride=BOX)  # [state warpgroup, buffer]
-        o_row = out.toint() + wg * (2 * BOX)
-        # ldmatrix / stmatrix with a transposition: lane l serves token l % 8 + 8 (l // 16), 16-byte column of v
-        t_row = (lane % 8 + lane // 16 * 8) * 128
-        t_col = ((2 * warp + lane // 8 % 2) ^ (lane % 8)) * 16
-        n, buf, forget = Int32(0), Int32(0), Float32(1.0)
-
-        vs = self.rank() + wg  # of 64 value rows
-        for nth in cutlass.range(self.count(work), unroll=1):
-            numbers = self.piece(nth, work)
-            start, tokens, h, b, nh, fate, next_nh, span = numbers[:8]
-            kept = (*numbers[8:], every, checkpoints)
-            chunks = cute.ceil_div(tokens, C)
-            place = workspace, most_workers, wg, thread
-            guessed, source = Boolean(False), fate & (TAKEN_OVER | AGAIN)
-            if (fate & SEGMENT) != 0:
-                guessed = ptx.all_of(forget < FORGOTTEN, STATE_BAR + wg)
-                source = Int32(TAKEN_OVER)
-                if guessed:
-                    source = Int32(0)
-                    segments.note(acc_s, work[0], 1, wg * 4 + warp, lane)
-                if const_expr(self.blocks == 1):
-                    if (fate & BUILT) != 0:
-                        guessed, source = Boolean(True), Int32(BUILT)
-            if source != 0:
-                if (warp == 0) & ((fate & AGAIN) != 0):
-                    cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
-                segments.take(self.team, acc_s, place, source)
-            elif (fate & (SEGMENT | KEPT)) == 0:
-                whence = initial_state
-                if ((fate & WARM_UP) != 0) | (nh < 0):
-                    whence = Int64(0)
-                state_io.load(acc_s, self.config, whence, nh, vs, flags)
-            state_io.prefetch(self.config, initial_state, next_nh, vs, flags)
-            forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
-            written = tokens  # of o
-            if (fate & WARM_UP) != 0:
-                written = Int32(0)
-            sO_, gO_ = self.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
-            for c in cutlass.range(chunks, unroll=1):
-                if const_expr(self.config.checkpoints):
-                    before, first = numbers[8] + c, numbers[9]
-                    if (before % every == 0) & ((fate & WARM_UP) == 0):
-                        state_io.store_checkpoint(
-                            acc_s, self.config, checkpoints, (first + before // every) * H + h, vs, flags
-                        )
-                stage, phase, is_own = self.stage_of(n)
-                prepared, inverted = ready + stage, solved + stage
-                if const_expr(self.blocks == 2):
-                    if not is_own:
-                        prepared, inverted = raw_full + stage, gated + stage
-                cute.arch.mbarrier_wait(prepared, phase)
-                self.to_operand(acc_s, fS)
-                # [Kd S^T | Qd S^T]^T
-                warpgroup.fence()
-                self.gemm(mma_ks, acc_ro, fS, bKQ[None, None, None, stage], True)
-                warpgroup.commit_group()
-                norm_at = sTables + stage * TABLES + NORM + col * 4
-                decay_at = sTables + stage * TABLES + DECAY + col * 4
-                if (fate & WARM_UP) != 0:
-                    forget = forget * ptx.lds_f32(sTables + stage * TABLES + DECAY + thread * 4)
-                cute.arch.mbarrier_wait(inverted, phase)
-                warpgroup.wait_group(0)
-                v_at = ring.toint() + self.tiles.at_v + stage * self.tiles.size + wg * BOX + t_row + t_col
-                v = ptx.ldmatrix_x4(v_at, trans=True) + ptx.ldmatrix_x4(v_at + 2048, trans=True)
-                # R = V - diag(1/|k|) Kd S^T, times beta if T is bare
-                r = cute.make_rmem_tensor((C // 2,), Float32)
-                for n8 in cutlass.range_constexpr(C // 8):
-                    rk = ptx.lds_f32x2(norm_at + n8 * 32)
-                    for half in cutlass.range_constexpr(2):
-                        w, e = fragments.pair(v[2 * n8 + half], self.config.dtype), 4 * n8 + 2 * half
-                        r[e] = ptx.fma(-acc_ro[e], rk[0], w[0])
-                        r[e + 1] = ptx.fma(-acc_ro[e + 1], rk[1], w[1])
-                if const_expr(self.config.neg_eigval):
-                    self.scale_columns(r, norm_at + 2 * C * 4)
-                # registers of their own: ptxas serializes every WGMMA when accumulators of two shapes overlap (C7511)
-                for e in cutlass.range_constexpr(C // 2):
-                    acc_o[e] = acc_ro[C // 2 + e]
-                self.to_operand(r, fU)
-                # U = T R
-                warpgroup.fence()
-                self.gemm(mma_tm, acc_u, fU, bT[None, None, None, stage], True)
-                warpgroup.commit_group()
-                self.scale_columns(acc_s, decay_at)
-                warpgroup.wait_group(0)
-                if const_expr(self.config.neg_eigval):
-                    self.scale_columns(acc_u, norm_at)
-                self.to_operand(acc_u, fU)
-                # O += M U, then S += U^T Kr behind it
-                warpgroup.fence()
-                self.gemm(mma_tm, acc_o, fU, bM[None, None, None, stage], False)
-                warpgroup.commit_group()
-                self.gemm(mma_s, acc_s, fU, bKr[None, None, None, stage], False)
-                warpgroup.commit_group()
-                warpgroup.wait_group(1)
-                o, pack = [], ptx.pack_bf16 if self.dtype is BFloat16 else ptx.pack_f16
-                for n8 in cutlass.range_constexpr(C // 8):
-                    rq = ptx.lds_f32x2(norm_at + (C + n8 * 8) * 4)
-                    for half in cutlass.range_constexpr(2):
-                        o.append(pack(acc_o[4 * n8 + 2 * half] * rq[0], acc_o[4 * n8 + 2 * half + 1] * rq[1]))
-                o_at = o_row + buf * BOX + t_row + t_col
-                ptx.stmatrix_x4(o_at, tuple(o[:4]), trans=True)
-                ptx.stmatrix_x4(o_at + 2048, tuple(o[4:]), trans=True)
-                warpgroup.wait_group(0)
-                cute.arch.mbarrier_arrive(empty + stage)  # as early as can be: the ring is what limits
-                if const_expr(self.blocks == 2):
-                    cute.arch.sync_warp()
-                    for bar in (empty + n // 2 % self.own_stages, left):
-                        ptx.remote_arrive(bar.toint(), self.rank() ^ 1, (lane == 0) & (not is_own))
-                cute.arch.fence_view_async_shared()
-                if warp == 0:
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)  # the store before has left the other buffer
-                cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-                if written - c * C >= C:
-                    if warp == 0:
-                        cute.copy(o_tma, sO_[None, wg * 2 + buf], gO_[None, c, vs])
-                        cute.arch.cp_async_bulk_commit_group()
-                else:
-                    self.store_tail(o_row + buf * BOX, mO, start + c * C, written - c * C, h, b, vs, thread)
-                buf ^= 1
-                n += 1
-            if (fate & WARM_UP) != 0:
-                ptx.sts_i32(work[0] + AT_WARM_UP, start)
-            elif not ptx.all_of(self.is_finite(acc_s), STATE_BAR + wg):
-                if (fate & KEPT) == 0:
-                    if warp == 0:
-                        cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
-                    begin = start
-                    if source != 0:
-                        segments.read(self.team, acc_s, place, source)
-                    elif (fate & SEGMENT) != 0:  # which has guessed
-                        begin = ptx.lds_i32(work[0] + AT_WARM_UP)
-                        state_io.load(acc_s, self.config, Int64(0), nh, vs, flags)
-                    else:
-                        whence = initial_state
-                        if nh < 0:
-                            whence = Int64(0)
-                        state_io.load(acc_s, self.config, whence, nh, vs, flags)
-                    self.token_by_token(acc_s, inputs, mO, begin, start, tokens, h, b, wg, o_row, flags, kept)
-            if (fate & (COMPARED | AGAIN)) == COMPARED:
-                segments.note(acc_s, work[0], 0, wg * 4 + warp, lane)
-            if (fate & SEGMENT) != 0:
-                if lane == 0:
-                    if (wg == 0) & (warp == 0):
-                        ptx.sts_i32(work[0] + AT_GUESSED, Int32(guessed))
-                    cute.arch.mbarrier_arrive(settled[0])
-            if (fate & HANDED_ON) != 0:
-                segments.hand_on(self.team, acc_s, place, fate, guessed, settled[1])
-            if ((fate & FINAL) != 0) & (nh >= 0):
-                state_io.store(acc_s, self.config, final_state, nh, vs, flags)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    def is_finite(self, acc: cute.Tensor) -> Boolean:
-        """Whether a lane's numbers are neither infinite nor NaN: 0 times them is 0."""
-        zeros = [Float32(0.0)] * 4
-        for i in range(64):
-            zeros[i % 4] = ptx.fma(acc[i], Float32(0.0), zeros[i % 4])
-        return (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]) == 0.0
-
-    @cute.jit
-    def token_by_token(
-        self, acc: cute.Tensor, inputs, mO: cute.Tensor, begin: Int32, start: Int32, tokens: Int32, h: Int32, b: Int32,
-        wg: Int32, scratch: Int32, flags: Int32, kept,
-    ):  # fmt: skip
-        """A piece by the definition, in fp32, from what is in global memory: some twenty times slower. o from `start`.
-
-        A lane has two rows of S, every fourth pair of channels. What a token does to a channel is made by a thread for
-        all rows, in shared memory. Where squares overflow, those of smaller numbers are taken.
-        """
-        mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound = inputs
-        K, h, b, thread = self.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
-        H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
-        h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32
-        row, col = (self.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
-        slope, shift = gate.slope_of_head(self.form, A_log, h)
-        bias = Float32(0.0)
-        if (dt_bias != 0) & (thread < K):
-            bias = fragments.global_f32(dt_bias, Int64(h * K + thread))
-        bias = gate.bias(self.form, slope, shift, bias)
-        for t in cutlass.range(begin, start + tokens, unroll=1):
-            if const_expr(self.config.checkpoints):
-                before, first, every, states = kept
-                c = before + (t - start) // C
-                if (t >= start) & ((t - start) % C == 0) & (c % every == 0):
-                    state_io.store_checkpoint(
-                        acc, self.config, states, (first + c // every) * H + h, self.rank() + wg, flags
-                    )
-            k2, q2, k2_small, q2_small = (Float32(0.0) for _ in range(4))
-            for i in cutlass.range(lane, K, 32, unroll=1):
-                k, q = Float32(mK[t, i, h_qk, b]), Float32(mQ[t, i, h_qk, b])
-                k2, q2 = ptx.fma(k, k, k2), ptx.fma(q, q, q2)
-                k, q = k * SMALLER, q * SMALLER
-                k2_small, q2_small = ptx.fma(k, k, k2_small), ptx.fma(q, q, q2_small)
-            k_norm, q_norm = self.norm_of(k2, k2_small, flags), self.norm_of(q2, q2_small, flags)
-            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-            if thread < K:
-                k, q = Float32(mK[t, thread, h_qk, b]), Float32(mQ[t, thread, h_qk, b])
-                a = gate.factor(self.form, Float32(mG[t, thread, h, b]), slope, bias)
-                a = a * gate.log2_of_factor(self.form, lower_bound)
-                ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
-                ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
-                ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
-            raw = self.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
-            beta_t = self.beta(raw, True, flags)
-            v = [Float32(mV[t, row + 8 * r, h, b]) for r in range(2)]
-            cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
-            sums = [Float32(0.0)] * 5  # S k and S q of both rows, k q
-            for i in cutlass.range_constexpr(K // 8):
-                a, k, q = (ptx.lds_f32x2(scratch + (x * D + 8 * i + col) * 4) for x in range(3))
-                for j in cutlass.range_constexpr(4):
-                    acc[4 * i + j] = acc[4 * i + j] * a[j % 2]
-                    sums[j // 2] = ptx.fma(acc[4 * i + j], k[j % 2], sums[j // 2])
-                    sums[2 + j // 2] = ptx.fma(acc[4 * i + j], q[j % 2], sums[2 + j // 2])
-                sums[4] = ptx.fma(k[1], q[1], ptx.fma(k[0], q[0], sums[4]))
-            *sums, kq = [fragments.quad_sum(x) for x in sums]
-            u = [beta_t * (v[r] - sums[r]) for r in range(2)]
-            for i in cutlass.range_constexpr(K // 8):
-                k = ptx.lds_f32x2(scratch + (D + 8 * i + col) * 4)
-                for j in cutlass.range_constexpr(4):
-                    acc[4 * i + j] = ptx.fma(u[j // 2], k[j % 2], acc[4 * i + j])
-            if (lane % 4 == 0) & (t >= start):
-                for r in cutlass.range_constexpr(2):
-                    mO[t, row + 8 * r, h, b] = ptx.fma(u[r], kq, sums[2 + r]).to(self.dtype)
-
-    @cute.jit
-    def norm_of(self, x2: Float32, x2_small: Float32, flags: Int32):
-        """Two factors of 1 / |x|, from a lane's part of |x|^2 and of |SMALLER x|^2; 1 and 1 if there is no norm."""
-        for i in cutlass.range_constexpr(5):
-            x2 = x2 + cute.arch.shuffle_sync_bfly(x2, 1 << i)
-            x2_small = x2_small + cute.arch.shuffle_sync_bfly(x2_small, 1 << i)
-        smaller, norm = Float32(1.0), self.inverse_norm(x2, flags)
-        if ((flags & L2NORM) != 0) & (not (x2 < 2.0**100)):
-            smaller, norm = Float32(SMALLER), ptx.rsqrt(x2_small)
-        return smaller, norm
-
-    @cute.jit
-    def stage_of(self, n: Int32):
-        """(stage, phase, whether this block prepares it) of the n-th chunk."""
-        S, m = self.own_stages, n // self.blocks
-        stage, phase, is_own = m % S, m // S & 1, Boolean(True)
-        if const_expr(self.blocks == 2):
-            is_own = n % 2 == self.rank()
-            if not is_own:
-                stage, phase = Int32(S), m & 1
-        return stage, phase, is_own
-
-    def gemm(self, mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, clear: bool) -> None:
-        for k in range(cute.size(a, mode=[2])):
-            mma.set(warpgroup.Field.ACCUMULATE, Boolean(not clear or k > 0))
-            cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
-
-    def fill(self, frag: cute.Tensor, regs) -> None:
-        words = cute.recast_tensor(frag, Uint32)
-        for i, r in enumerate(regs):
-            words[i] = r
-
-    def to_operand(self, acc: cute.Tensor, frag: cute.Tensor) -> None:
-        """fp32 accumulators -> bf16 operand A of the next product: the same lanes hold the same elements."""
-        self.fill(frag, [ptx.pack_bf16(acc[2 * i], acc[2 * i + 1]) for i in range(cute.size(acc) // 2)])
-
-    def scale_columns(self, acc: cute.Tensor, at: Int32) -> None:
-        """Each column of accumulators, a token or a channel, times its number in the table at `at`."""
-        for n8 in range(cute.size(acc) // 4):
-            s = ptx.lds_f32x2(at + n8 * 32)
-            for i in range(4):
-                acc[4 * n8 + i] = acc[4 * n8 + i] * s[i % 2]
-
-    @cute.jit
-    def store_tail(
-        self, sO: Int32, mO: cute.Tensor, token: Int32, valid: Int32, h: Int32, b: Int32, vs: Int32, thread: Int32
-    ):
-        """The last, partial chunk: a TMA box would overwrite the next sequence."""
-        for i in cutlass.range_constexpr(2):
-            r, piece = thread // 8 + 16 * i, thread % 8
-            if r < valid:
-                words = ptx.lds_u32x4(sO + r * 128 + ((piece ^ (r % 8)) * 16))
-                row = mO[token + r, None, h, b]
-                ptx.stg_u32x4((row.iterator + (vs * 64 + piece * 8)).toint(), words)
-
-
-def fake_tensors(kernel: KdaFwdSm90, names: str):
-    """Some of q, k [B, T, H, K], g [B, T, HV, K], v, o [B, T, HV, V], with any strides that TMA takes."""
-    B, T, H, HV = (cute.sym_int() for _ in range(4))
-    K, V = kernel.config.K, kernel.config.V
-    return [
-        fake_tensor(kernel.g_type if x == "g" else kernel.dtype, (B, T, H if x in "qk" else HV, V if x in "vo" else K))
-        for x in names
-    ]
-
-
-def fake_tensor(dtype, shape):
-    stride = (*(cute.sym_int64(divisibility=128 // dtype.width) for _ in range(3)), 1)  # 16 bytes
-    return cute.runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16)
-
 
 def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaFwdSm90(config)
-    tensors = fake_tensors(kernel, "qkvgo")
     return cute.compile(
-        kernel, *tensors, *([Int64(0)] * 10), *([Int32(0)] * 3), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *fake_tensors(config, "qkvgo"),
+        *([Int64(0)] * 10), *([Int32(0)] * 3), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
 from . import fragments, ptx
-from .layout import ANCHORS, BOX, DECAY, C, Stage
+from .layout import ANCHORS, BOX, DECAY, OFFSETS, SHIFTS, TO_END, C, Stage
 
 LOG2_E = 1.4426950408889634
 # fp16 holds gates as multiples of these
@@ -54,6 +54,14 @@ class Form(NamedTuple):
         return 1 if self.kind == "safe" else 2
 
 
+class Inputs(NamedTuple):
+    """What a gate is made from besides g."""
+
+    A_log: Int64  # address: [H] fp32, or 0
+    dt_bias: Int64  # address: [H, K] fp32, or 0
+    lower_bound: Float32
+
+
 @cute.jit
 def parameters(
     form: cutlass.Constexpr, A_log: Int64, dt_bias: Int64, h: Int32, half: Int32, bias_at: Int32, lane: Int32
@@ -72,7 +80,7 @@ def parameters(
 
 
 def bias(form: cutlass.Constexpr, slope: Float32, shift: Float32, dt_bias: Float32) -> Float32:
-    """Finite unless dt_bias is NaN: -inf in g must stay no decay (see clear_gate)."""
+    """Finite unless dt_bias is NaN: -inf in g must stay no decay (see `clear`)."""
     x = ptx.fma(slope if form.kind == "safe" else Float32(LOG2_E), dt_bias, shift)
     return -ptx.minimum(-ptx.minimum(x, Float32(1e38)), Float32(1e38))
 
@@ -218,6 +226,22 @@ def factor(form: cutlass.Constexpr, g: Float32, slope: Float32, bias: Float32) -
     return ptx.minimum(g * slope, Float32(G_MOST))
 
 
+def decay_of(form: cutlass.Constexpr, g: Float32, slope, bias: Float32, lower_bound: Float32) -> Float32:
+    """exp of the log decay that the gate makes of g, in fp32, for decoding; slope: what `slope_of` returns."""
+    slope, shift = slope
+    if form.kind == "safe":
+        x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope))
+        return ptx.ex2(x * lower_bound * LOG2_E)
+    if form.kind == "softplus":
+        x = ptx.fma(g + bias, Float32(LOG2_E), shift)
+        t = ptx.ex2(-ptx.absolute(x))
+        p = Float32(LOG2_1P[0])
+        for c in LOG2_1P[1:]:
+            p = ptx.fma(p, t, Float32(c))
+        return ptx.ex2(slope * (-1.0 / G_SCALE) * ptx.fma(t, p, ptx.maximum(x, Float32(0.0))))
+    return ptx.ex2(g * LOG2_E)
+
+
 def log2_of_factor(form: cutlass.Constexpr, lower_bound: Float32) -> Float32:
     """lam: the log2 decay is lam times the gate's factor."""
     if form.kind == "safe":
@@ -229,10 +253,10 @@ def anchors(form: cutlass.Constexpr, mid, total, at: Int32, half: Int32, decay: 
     """The integer anchors p_i of a channel's frames, half way between G before and behind their tokens, and what
     depends on them. G counts from the chunk's start.
 
-    Four tables at `at`, of 32 pairs of channels each, 512 bytes apart. fp32, for both channels: what makes G - p_0
-    and G - p_1 of a sum from the start of a block of 16 tokens; the same for p_2 and p_3; 2^(G_C - p) of the last
-    p. bf16 pairs: 2^p_0, 2^(p_1 - p_0), in the last table 2^(p_2 - p_1), 2^(p_3 - p_2), or the roots of these
-    three, where they may be less than the least that there is. 2^G_C, the decay of the chunk, goes to `decay`.
+    To the tables at `at`, for both channels of a pair. OFFSETS: what makes G - p_0 and G - p_1 of a sum from the start
+    of a block of 16 tokens; the same for p_2 and p_3. TO_END: 2^(G_C - p) of the last p. SHIFTS: 2^p_0, 2^(p_1 - p_0),
+    2^(p_2 - p_1), 2^(p_3 - p_2), or the roots of the last three, where they may be less than the least that there is.
+    2^G_C, the decay of the chunk, goes to `decay`.
     """
     middle, n = lam * total[0], form.step
     end = ptx.fma(lam, total[1], middle)
@@ -243,9 +267,9 @@ def anchors(form: cutlass.Constexpr, mid, total, at: Int32, half: Int32, decay: 
     for i in range(form.frames):
         p.append(ptx.fma(G[i] + G[i + 1], Float32(0.5 / n), Float32(ROUND)) - ROUND)
         start = G[i * 2 // form.frames * form.frames // 2]
-        ptx.sts_f32(at + i // 2 * 512 + i % 2 * 8, ptx.fma(p[i], Float32(-n), start))
+        ptx.sts_f32(at + OFFSETS[i // 2] + i % 2 * 8, ptx.fma(p[i], Float32(-n), start))
         shift = (n * p[0] if i == 0 else p[i] - p[i - 1]) + ROUND  # in the low bits
         shift = ptx.pow2(ptx.maximum(shift, Float32(ROUND - 127)))
-        ptx.sts_high(at - half + (1032, 1036, 1536, 1540)[i], shift)
-    ptx.sts_f32(at + 1024, ptx.ex2(ptx.fma(p[-1], Float32(-n), end)))
+        ptx.sts_high(at - half + SHIFTS[i // 2] + i % 2 * 4, shift)
+    ptx.sts_f32(at + TO_END, ptx.ex2(ptx.fma(p[-1], Float32(-n), end)))
     ptx.sts_f32(decay, ptx.ex2(end))

@@ -21,7 +21,12 @@ SYSTEMS = 2  # places, which chunks take in turn
 A_ROW = (C + 4) * 4  # fp32 [32, 32 + 4], A transposed: a row is a column of A; 4 words against bank conflicts
 SQUARES = C * A_ROW  # fp32 [3, 32]: |k_i|^2, half sums of |q_i|^2
 SYSTEM = SQUARES + 3 * C * 4
-ANCHORS = 4 * 512  # of 64 channels, where T and M will be: see `anchors`
+# The anchors of 64 channels, where T and M will be: four tables, 16 bytes for each pair of channels. See gate.anchors.
+ANCHOR_TABLE = 32 * 16
+ANCHORS = 4 * ANCHOR_TABLE
+OFFSETS = 0, ANCHOR_TABLE  # fp32 [2, 2], by frame and channel: of frames 0 and 1, of frames 2 and 3
+TO_END = 2 * ANCHOR_TABLE  # fp32 [2]
+SHIFTS = 2 * ANCHOR_TABLE + 8, 3 * ANCHOR_TABLE  # bf16 [2, 2]: of frames 0 and 1, of frames 2 and 3
 
 
 class Stage(NamedTuple):
@@ -46,3 +51,14 @@ class Stage(NamedTuple):
         at_m = at_t + C * C * 2
         at_v = at_m + C * C * 2
         return Stage(k_half, kr_half, at_g, at_t, at_m, at_v, at_v + v_boxes * BOX, at_v if queries else at_m)
+
+
+def slot_of(nth, count: int):
+    """Which of `count` places, taken in turn, is for the nth."""
+    return nth % count
+
+
+def phase_of(nth, count: int):
+    """The parity of the phase in which that place's mbarriers complete for the nth; that of the one before is the
+    other."""
+    return nth // count & 1

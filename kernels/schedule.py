@@ -5,13 +5,16 @@ docs/kernel/scheduling.md says why. What the host has to know of it is in `confi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 
 from . import ptx
 from .config import CU_INT64, ITEM_COST, LISTED, part
-from .layout import C
+from .layout import C, phase_of, slot_of
 
 # The plan: of each listed sequence its place on the line of `share`, first token and tokens; sums of warps; of the part
 # of this worker the end, the begin, the number of pieces, its last and first sequence; the pieces that come next.
@@ -24,12 +27,109 @@ AT_BEGIN, AT_COUNT, AT_LAST, AT_FIRST, AT_LENGTH, AT_WARM, AT_SEGMENT, AT_GUESSE
 AT_WARM_UP = AT_END + 36  # the first token of the warm-up
 AT_HASHES = AT_END + 48  # of the states that a piece ends and a segment begins with, of each of 8 warps
 AT_PIECES = AT_HASHES + 2 * 8 * 8
-PIECE = 48  # bytes: what find_piece returns; then, for checkpoints, chunks of the sequence before, number of its first
+PIECE = 48  # bytes of an Entry
 PLAN = AT_PIECES + PIECE * PIECES
-# What becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do for it.
-FINAL, HANDED_ON, TAKEN_OVER, WARM_UP, SEGMENT, AGAIN, KEPT, COMPARED, BUILT = (1 << i for i in range(9))
 CUTS = 32  # bytes: entries of cu_seqlens, for `rest_of`
 SPAN = 1 << 16  # first worker and SPAN times the last one
+
+
+class Fate:
+    """Flags: what becomes of a piece's state, where it comes from if not from `initial_state`, and what there is to do
+    for it. Plain numbers: ~ of an IntFlag has no higher bits."""
+
+    FINAL = 1 << 0  # it is the sequence's last
+    HANDED_ON = 1 << 1  # the next worker goes on with it
+    TAKEN_OVER = 1 << 2  # it begins with that of the worker before
+    WARM_UP = 1 << 3  # chunks before a segment, for it to guess the state that it begins with; nothing is stored
+    SEGMENT = 1 << 4  # it begins with a guess, if that is good, else with the state of the worker before
+    AGAIN = 1 << 5  # a segment that began with a wrong guess
+    KEPT = 1 << 6  # a segment that is done: there is no more to do than to store its state
+    COMPARED = 1 << 7  # what it comes to is compared with what the next segment began with
+    BUILT = 1 << 8  # a segment that begins with the state that maps give
+
+
+class Piece(NamedTuple):
+    """A piece of work, or the warm-up for one."""
+
+    next_at: Int32  # where on the line the next one ends
+    start: Int32  # first token
+    tokens: Int32
+    h: Int32
+    b: Int32
+    nh: Int32  # number of the state; -1 for none
+    fate: Int32
+    span: Int32  # workers that have pieces of the item
+    skipped: Int32  # chunks of the sequence before it
+
+    @staticmethod
+    def none(next_at: Int32) -> Piece:
+        return Piece(next_at, *(Int32(0) for _ in range(4)), Int32(-1), *(Int32(0) for _ in range(3)))
+
+
+class Entry(NamedTuple):
+    """A piece as `load` lists it for all roles."""
+
+    start: Int32
+    tokens: Int32
+    h: Int32
+    b: Int32
+    nh: Int32
+    fate: Int32
+    next_nh: Int32  # of the initial state that comes next; -1 for none
+    span: Int32
+    skipped: Int32 | None = None  # with checkpoints, as is the next one
+    checkpoint: Int32 | None = None  # number of the sequence's first
+
+
+class Work(Protocol):
+    """What the roles of a pipeline walk through: `count` pieces, of which they ask for the first tokens, tokens, heads
+    and batches, one after the other. Frozen dataclasses, so that the DSL does not carry them through loops."""
+
+    def count(self) -> Int32: ...
+
+    def piece(self, nth: Int32): ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A worker's pieces, as `load` lists them, PIECES at a time: in shared memory, with mbarriers."""
+
+    checkpoints: bool
+    plan: Int32
+    listed: cute.Pointer
+    taken: cute.Pointer
+
+    def count(self) -> Int32:
+        return ptx.uniform(ptx.lds_i32(self.plan + AT_COUNT))
+
+    @cute.jit
+    def piece(self, nth: Int32) -> Entry:
+        at = self.plan + AT_PIECES + slot_of(nth, PIECES) * PIECE
+        cute.arch.mbarrier_wait(self.listed + slot_of(nth, PIECES), phase_of(nth, PIECES))
+        numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
+        if const_expr(self.checkpoints):
+            numbers += ptx.lds_i32x4(at + 32)[:2]
+        cute.arch.mbarrier_arrive(self.taken + slot_of(nth, PIECES))
+        return Entry(*(ptx.uniform(x) for x in numbers))
+
+    def entry(self, nth: Int32) -> Entry:
+        """A piece that this warp has put there, not long ago."""
+        at = self.plan + AT_PIECES + slot_of(nth, PIECES) * PIECE
+        numbers, checkpoint = ptx.lds_i32x4(at), ptx.lds_i32x4(at + 32)[:2]
+        return Entry(*numbers, *ptx.lds_i32x4(at + 16), *checkpoint)
+
+    @cute.jit
+    def put(self, nth: Int32, entry: Entry):
+        """Lists a piece; by one warp."""
+        slot = slot_of(nth, PIECES)
+        cute.arch.mbarrier_wait(self.taken + slot, phase_of(nth, PIECES) ^ 1)
+        with cute.arch.elect_one():
+            to = self.plan + AT_PIECES + slot * PIECE
+            ptx.sts_i32x4(to, entry[:4])
+            ptx.sts_i32x4(to + 16, entry[4:8])
+            if const_expr(self.checkpoints):
+                ptx.sts_i32x4(to + 32, entry[8:] * 2)
+            cute.arch.mbarrier_arrive(self.listed + slot)
 
 
 def worker(blocks: int) -> tuple[Int32, Int32]:
@@ -143,12 +243,10 @@ def head_at(at: Int32, seq: Int32, sPlan: Int32):
 @cute.jit
 def find_piece(at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seqlens: Int64, workspace: Int64,
     flags: Int32, warmed_up: Int32, worker: Int32, workers: Int32,
-):  # fmt: skip
-    """The piece that ends at place `at` of the line: (where the next one ends; first token, tokens, head, batch,
-    number of the state, what becomes of it, workers that have pieces of the item, chunks of the sequence before
-    it). If it is a segment, its warm-up comes first."""
+) -> Piece:  # fmt: skip
+    """The piece that ends at place `at` of the line. If it is a segment, its warm-up comes first."""
     at -= 1
-    next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(FINAL), Int32(0)
+    next_at, skipped, upto, fate, span = at, Int32(0), Int32(1 << 25), Int32(Fate.FINAL), Int32(0)
     item = at * workers + worker
     seq = item // H
     h = item - seq * H
@@ -178,25 +276,25 @@ def find_piece(at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seq
             upto = cutlass.max(at + 1 - base - ITEM_COST, 0)
             fate = Int32(0)
             if upto > 0:
-                fate = Int32(HANDED_ON)
+                fate = Int32(Fate.HANDED_ON)
                 if ptx.lds_i32(sPlan + AT_WARM) > 0:
-                    fate = Int32(HANDED_ON | COMPARED)
+                    fate = Int32(Fate.HANDED_ON | Fate.COMPARED)
                     span = workers_of(base, unit, sPlan)
     tokens = cutlass.min(tokens, upto * C)
     if skipped > 0:
         warm = cutlass.min(ptx.lds_i32(sPlan + AT_WARM), skipped)
         if warm == 0:
-            fate += TAKEN_OVER
+            fate += Fate.TAKEN_OVER
         else:
             span = workers_of(base, unit, sPlan)
             next_at = at + 1
             if warmed_up == 0:
-                fate = Int32(WARM_UP)
+                fate = Int32(Fate.WARM_UP)
                 tokens = skipped * C
                 skipped -= warm
             else:
-                fate = (fate & ~FINAL) | SEGMENT
-    return next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span, skipped
+                fate = (fate & ~Fate.FINAL) | Fate.SEGMENT
+    return Piece(next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span, skipped)
 
 
 def workers_of(base: Int32, unit: Int32, sPlan: Int32) -> Int32:

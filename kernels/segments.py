@@ -17,10 +17,13 @@ from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 from . import ptx, schedule
 from .config import STATE_BYTES, maps_at, words_bytes
 from .layout import STATE_BAR
-from .schedule import AGAIN, AT_GUESSED, AT_HASHES, BUILT, COMPARED, SPAN
+from .schedule import AT_GUESSED, AT_HASHES, SPAN, Fate
 
 # Words in the workspace; what lies there before hardly looks like them.
 HANDED, NOT_NEEDED, GUESSED, EXACT, GIVEN = (0x6B64615F68616E64 + i for i in range(5))
+# What the chunks before a segment multiply a state by at most, channel by channel, if it is to begin without it. Only a
+# guess, but a wrong one costs a run: what is in one channel moves to others, up to 2^20 times as much was seen.
+FORGOTTEN = 2.0**-48
 
 
 class Team(NamedTuple):
@@ -58,12 +61,12 @@ def hand_on(team: cutlass.Constexpr, acc: cute.Tensor, place, fate: Int32, guess
     word, at = place_of(team, slice_of(team, wg), place)
     for i in cutlass.range_constexpr(16):
         ptx.stg_f32x4(at + i * 2048, tuple(acc[4 * i + j] for j in range(4)))
-    if (fate & (COMPARED | AGAIN)) == COMPARED:
+    if (fate & (Fate.COMPARED | Fate.AGAIN)) == Fate.COMPARED:
         cute.arch.mbarrier_arrive(settled)
     if not guessed:
         cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
         if thread == 0:
-            if (fate & COMPARED) == 0:
+            if (fate & Fate.COMPARED) == 0:
                 ptx.stg_release(word, Int64(HANDED))
             else:
                 settle(workspace, slice_of(team, wg), Int64(HANDED), Int64(NOT_NEEDED))
@@ -74,13 +77,13 @@ def take(team: cutlass.Constexpr, acc: cute.Tensor, place, source: Int32):
     """From the worker before, once it is there; or what the maps give."""
     _, _, wg, thread = place
     word, _ = place_of(team, slice_of(team, wg) - 2, place)
-    if source != BUILT:
+    if source != Fate.BUILT:
         while ptx.ldg_acquire(word) != HANDED:
             pass
     cute.arch.sync_warp()
     cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)
     read(team, acc, place, source)
-    if (thread == 0) & (source != BUILT):
+    if (thread == 0) & (source != Fate.BUILT):
         ptx.stg_relaxed(word, Int64(0))
 
 
@@ -89,7 +92,7 @@ def read(team: cutlass.Constexpr, acc: cute.Tensor, place, source: Int32):
     workspace, most_workers, wg, thread = place
     _, at = place_of(team, slice_of(team, wg) - 2, place)
     if const_expr(team.blocks == 1):
-        if source == BUILT:
+        if source == Fate.BUILT:
             at = map_at(workspace, most_workers, schedule.worker(team.blocks)[0] - 1, wg) + Int64(thread * 16)
     for i in cutlass.range_constexpr(16):
         for j, x in enumerate(ptx.ldg_f32x4(at + i * 2048)):
@@ -165,7 +168,7 @@ def judge(
     if guessed != 0:
         what = Int64(GUESSED)
     if const_expr(team.blocks == 1):
-        if (fate & BUILT) != 0:
+        if (fate & Fate.BUILT) != 0:
             what = Int64(GIVEN)
     hashes = noted(team, sPlan, 0), noted(team, sPlan, 1)
     tell(team, workspace, most_workers, what, hashes, worker, span // SPAN + 1)

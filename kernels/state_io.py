@@ -14,6 +14,18 @@ from .config import CHECKPOINTS_BF16, FINAL_BF16, INITIAL_BF16, STATE_V_FIRST
 
 
 @cute.jit
+def pooled(nh: Int32, H: Int32, state_indices: Int64, P: Int32):
+    """The number of a state in memory; -1 if it is not kept. Wrong indices give none."""
+    if state_indices != 0:
+        n = nh // H
+        i = ptx.ldg_i32(state_indices + Int64(n) * 4)
+        nh += (i - n) * H
+        if (i < 0) | (i >= P):
+            nh = Int32(-1)
+    return nh
+
+
+@cute.jit
 def load(acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
     """From address, or zeros if there is none."""
     for i in cutlass.range_constexpr(64):

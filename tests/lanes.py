@@ -202,7 +202,13 @@ class Warp:
         return ((d << 23) + 0x3F800000 & 0xFFFFFFFF).astype(u32).view(f32)
 
 
-ROOMS = ("fragments", "gate")  # modules of the kernels' math, which the kernels call into
+ROOMS = (
+    "fragments",
+    "gate",
+    "chunk",
+    "scalars",
+    "inverse",
+)  # modules of the kernels' math, which the kernels call into
 
 
 def copy_of(name: str, rooms: dict[str, ModuleType] | None = None) -> ModuleType:
@@ -259,8 +265,8 @@ def on_the_cpu(module: Any, warp: Warp) -> Iterator[None]:
             m.setattr(place, "const_expr", bool, raising=False)
             m.setattr(place, "Float32", f32)
             m.setattr(place, "Uint32", lambda x: u32(x), raising=False)
-        for owner in (getattr(module, "KdaFwdSm90", None), *rooms):
-            for name, function in list(vars(owner).items()) if owner else ():
+        for room in rooms:
+            for name, function in list(vars(room).items()):
                 if callable(function) and hasattr(function, "__wrapped__"):
-                    m.setattr(owner, name, function.__wrapped__)
+                    m.setattr(room, name, function.__wrapped__)
         yield

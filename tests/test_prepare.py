@@ -1,4 +1,4 @@
-"""What `gates` and `prepare` make of a chunk, run warp by warp on the CPU, against the paper's formulas in fp64."""
+"""What `gates`, `prepare` and `invert` make of a chunk, run warp by warp on the CPU, against formulas in fp64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from kda_cute.kernels.config import KdaFwdConfig
+from kda_cute.kernels.fwd_sm90 import pipeline_of
+from kda_cute.kernels.layout import A_ROW, ANCHORS, BOX, DECAY, SQUARES, SYSTEM, C, D
 from tests.lanes import LANES, Warp, bf16, bf16_pair, copy_of, lane_by_lane, on_the_cpu
 
-fwd_sm90: Any = copy_of("kda_cute.kernels.fwd_sm90")
-A_ROW, BOX, C, D = fwd_sm90.A_ROW, fwd_sm90.BOX, fwd_sm90.C, fwd_sm90.D
+roles: Any = copy_of("kda_cute.kernels.roles_prepare")
+chunk, fragments, gates = roles.chunk, roles.fragments, roles.gate
 
-STAGE, TABLE, SYS, BIAS, LOWER = 0, 45056, 49152, 57344, 58368
+STAGE, TABLE, SYS, BIAS, TRIANGLE = 0, 45056, 49152, 57344, 58368
 f32, u32 = np.float32, np.uint32
 
 
@@ -64,77 +66,77 @@ def prepare(
     v_split: Any = 1,
 ) -> dict[str, np.ndarray]:
     """What the two warps of a pair leave in shared memory."""
-    kernel = fwd_sm90.KdaFwdSm90(KdaFwdConfig(g_dtype, gate, v_split, dtype=dtype))  # type: ignore[arg-type]
+    pipe = pipeline_of(KdaFwdConfig(g_dtype, gate, v_split, dtype=dtype))  # type: ignore[arg-type]
     warp = Warp()
-    with on_the_cpu(fwd_sm90, warp):  # code with branches on the lane
-        kernel.clear_rows = lane_by_lane(fwd_sm90, warp, kernel.clear_rows)  # type: ignore[method-assign]
-        clear = lane_by_lane(fwd_sm90, warp, fwd_sm90.gate.clear)
+    with on_the_cpu(roles, warp):  # code with branches on the lane
+        clear_rows, clear = (lane_by_lane(roles, warp, f) for f in (chunk.clear_rows, gates.clear))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(fwd_sm90.gate, "clear", clear)
-        m.setattr(fwd_sm90.fragments, "ones_if", lambda condition: np.where(condition, u32(0x3C003C00), u32(0)))
-        return run(kernel, warp, dtype, g_dtype, q, k, g, A_log, bias, lower_bound, tokens)
+        m.setattr(chunk, "clear_rows", clear_rows)
+        m.setattr(gates, "clear", clear)
+        m.setattr(fragments, "ones_if", lambda condition: np.where(condition, u32(0x3C003C00), u32(0)))
+        return run(pipe, warp, dtype, g_dtype, q, k, g, A_log, bias, lower_bound, tokens)
 
 
 def run(
-    kernel: Any, warp: Warp, dtype: Any, g_dtype: Any, q: Any, k: Any, g: Any, A_log: float, bias: Any,
+    pipe: Any, warp: Warp, dtype: Any, g_dtype: Any, q: Any, k: Any, g: Any, A_log: float, bias: Any,
     lower_bound: float, tokens: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    gate, fragments, form = fwd_sm90.gate, fwd_sm90.fragments, kernel.form
+    form, tiles = pipe.form, pipe.tiles
     for half in range(2):
         cols = slice(64 * half, 64 * half + 64)
-        put(warp, half * kernel.tiles.k_half, k[:, cols], dtype)
-        put(warp, half * kernel.tiles.k_half + BOX, q[:, cols], dtype)
+        put(warp, half * tiles.k_half, k[:, cols], dtype)
+        put(warp, half * tiles.k_half + BOX, q[:, cols], dtype)
         if g_dtype != "fp32":
-            put(warp, kernel.tiles.at_g + half * kernel.tiles.kr_half, g[:, cols], g_dtype)
+            put(warp, tiles.at_g + half * tiles.kr_half, g[:, cols], g_dtype)
         else:
             row, col = np.indices((C, 64))
-            at = swizzled(kernel.tiles.at_g + half * kernel.tiles.kr_half + col // 32 * BOX, row, col % 32 * 4)
+            at = swizzled(tiles.at_g + half * tiles.kr_half + col // 32 * BOX, row, col % 32 * 4)
             for i in range(4):
                 warp.memory[at + i] = g[:, cols].astype(f32).view(np.uint32) >> (8 * i) & 255
     for lane in range(3):  # code with branches
-        with on_the_cpu(fwd_sm90, Warp(warp)):
-            kernel.lower(LOWER, 1, np.int64(lane))
-    with on_the_cpu(fwd_sm90, warp):
-        lam = gate.log2_of_factor(form, f32(lower_bound))
+        with on_the_cpu(roles, Warp(warp)):
+            chunk.lower_triangle(TRIANGLE, 1, np.int64(lane))
+    with on_the_cpu(roles, warp):
+        lam = gates.log2_of_factor(form, f32(lower_bound))
         row, col = LANES // 4, LANES % 4 * 2
-        lower = warp.lds_u32x4(LOWER + 16 * ((col <= row).astype(int) + (col < row)))
+        triangle = warp.lds_u32x4(TRIANGLE + 16 * ((col <= row).astype(int) + (col < row)))
         tile, sums = fragments.tile_at(0, LANES), []
-        slope, shift = gate.slope_of(form, f32(A_log))
+        slope, shift = gates.slope_of(form, f32(A_log))
         for half in range(2):
-            biases = gate.bias(form, slope, shift, bias[64 * half : 64 * half + 64].astype(f32))
+            biases = gates.bias(form, slope, shift, bias[64 * half : 64 * half + 64].astype(f32))
             warp.memory[BIAS : BIAS + 256] = np.asarray(biases, f32).view(np.uint8)
             if tokens < C:
-                kernel.clear_tail(LANES, half, tokens, STAGE)
-            gate.of_chunk(form, slope, BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
+                chunk.clear_tail(pipe, LANES, half, tokens, STAGE)
+            gates.of_chunk(form, slope, BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
-            tile_kq = STAGE + half * kernel.tiles.k_half + tile
-            tile_kr = STAGE + kernel.tiles.at_g + half * kernel.tiles.kr_half + tile
-            table = STAGE + kernel.tiles.at_t + half * fwd_sm90.ANCHORS + LANES % 4 * 16
+            tile_kq = STAGE + half * tiles.k_half + tile
+            tile_kr = STAGE + tiles.at_g + half * tiles.kr_half + tile
+            table = STAGE + tiles.at_t + half * ANCHORS + LANES % 4 * 16
             for kk in range(4):
-                kernel.decay(acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, lower, lam)
-            sums.append(kernel.accumulators(acc))
-        a_at, m_at = SYS + LANES * 16, STAGE + kernel.tiles.at_t + LANES * 16
+                chunk.decay(pipe, acc, tile_kq ^ (kk * 32), tile_kr ^ (kk * 32), table + kk * 128, triangle, lam)
+            sums.append(chunk.accumulators(pipe, acc))
+        a_at, m_at = SYS + LANES * 16, STAGE + tiles.at_t + LANES * 16
         for half, (A, M, _) in enumerate(sums):
-            kernel.give(a_at, m_at, A, M, half)
-        A, M = kernel.take(a_at, sums[0][0]), kernel.take(m_at, sums[1][1])
+            chunk.give(pipe, a_at, m_at, A, M, half)
+        A, M = chunk.take(a_at, sums[0][0]), chunk.take(m_at, sums[1][1])
         q2 = [fragments.quad_sum(sums[0][2][i]) + fragments.quad_sum(sums[1][2][i]) for i in range(4)]
     for lane in range(32):
         one = Warp(warp)
-        with on_the_cpu(fwd_sm90, one):
-            kernel.store_a([(x[0][lane], x[1][lane]) for x in A], SYS, np.int64(lane))
+        with on_the_cpu(roles, one):
+            chunk.store_a([(x[0][lane], x[1][lane]) for x in A], SYS, np.int64(lane))
     words = M  # a pair of each lane: rows of 8 x 8 blocks
     found = {name: np.zeros((C, C)) for name in "AM"}
-    system = warp.memory[SYS : SYS + fwd_sm90.SYSTEM].view(f32)
-    for (i, j), (m0, m1) in zip(fwd_sm90.QUADS, words, strict=True):
+    system = warp.memory[SYS : SYS + SYSTEM].view(f32)
+    for (i, j), (m0, m1) in zip(chunk.QUADS, words, strict=True):
         for e, m in enumerate((m0, m1)):
             found["M"][8 * i + LANES // 4, 8 * j + LANES % 4 * 2 + e] = m
     found["A"] = system[: C * A_ROW // 4].reshape(C, A_ROW // 4)[:, :C].T.astype(np.float64)
-    found["k2"] = system[fwd_sm90.SQUARES // 4 : fwd_sm90.SQUARES // 4 + C].astype(np.float64)
+    found["k2"] = system[SQUARES // 4 : SQUARES // 4 + C].astype(np.float64)
     found["q2"] = np.concatenate([x[::4] for x in q2])
-    for name, at in (("Kd", 0), ("Qd", BOX), ("Kr", kernel.tiles.at_g)):
-        step = kernel.tiles.k_half if name != "Kr" else kernel.tiles.kr_half
+    for name, at in (("Kd", 0), ("Qd", BOX), ("Kr", tiles.at_g)):
+        step = tiles.k_half if name != "Kr" else tiles.kr_half
         found[name] = np.concatenate([get(warp, at + half * step) for half in range(2)], 1).astype(np.float64)
-    found["decay"] = warp.memory[TABLE + fwd_sm90.DECAY : TABLE + fwd_sm90.DECAY + 4 * D].view(f32).astype(np.float64)
+    found["decay"] = warp.memory[TABLE + DECAY : TABLE + DECAY + 4 * D].view(f32).astype(np.float64)
     return found
 
 
@@ -204,3 +206,36 @@ def test_prepare(
         error, size = np.linalg.norm(got[name] - x), np.linalg.norm(x)
         print(f"{name} {error / size:.1e} {error / np.linalg.norm(whole[name]):.1e}", end=" ")
         assert error < 2 * 2.0**-9 * size + 1e-7 * np.linalg.norm(whole[name]), name
+
+
+@pytest.mark.parametrize("neg_eigval", [False, True])
+def test_invert(neg_eigval: bool) -> None:
+    """T = diag(1/|k|) (I + A)^-1 diag(beta), or bare, of keys that are alike, so that it is not near the identity."""
+    rng = np.random.default_rng(0)
+    pipe = pipeline_of(KdaFwdConfig(neg_eigval=neg_eigval))
+    k = rng.standard_normal((C, D)) + 1
+    rk, beta = 1 / np.linalg.norm(k, axis=1), rng.random(C) * (2 if neg_eigval else 1)
+    A = np.tril(k @ k.T, -1)
+    inverse = np.linalg.inv(np.eye(C) + (beta * rk)[:, None] * A * rk)
+    warp, norm_at, stage = Warp(), TABLE, 0
+    system = np.zeros((C, A_ROW // 4), f32)
+    system[:, :C] = A.T
+    for at, x in (
+        (SYS, system.reshape(-1)),
+        (SYS + SQUARES, -rk * beta),
+        (norm_at, rk),
+        (norm_at + 2 * C * 4, beta),
+    ):
+        x = np.asarray(x, f32)
+        warp.memory[at : at + x.nbytes] = x.view(np.uint8)
+    with on_the_cpu(roles, warp), pytest.MonkeyPatch.context() as m:
+        m.setattr(fragments, "delta", lambda i, j: np.where(i == j, f32(1), f32(0)))
+        roles.inverse.of_chunk(pipe, SYS, norm_at, STAGE, stage, beta.astype(f32), LANES)
+    row, col = np.indices((C, C))
+    at = STAGE + pipe.tiles.at_t + row * 64 + ((col // 8) ^ (row // 2 % 4)) * 16 + col % 8 * 2
+    bits = warp.memory[at].astype(np.uint32) | warp.memory[at + 1].astype(np.uint32) << 8
+    got = (bits << 16).astype(np.uint32).view(f32)
+    want = inverse if neg_eigval else rk[:, None] * inverse * beta
+    assert (got[:16, 16:] == 0).all()
+    assert np.abs(got - want).max() < 2.0**-8 * np.abs(want).max()
+    assert np.linalg.norm(got - want) < 2.0**-8 * np.linalg.norm(want)
