@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32
+from cutlass import BFloat16, Float16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.nvgpu.warpgroup import OperandSource, SmemLayoutAtomKind
 
 from .layout import C
 
 TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+
+
+class Numbers(NamedTuple):
+    """What the forward kernel and its roles are given besides tensors. An address is 0 where there is nothing."""
+
+    beta: Int64  # [B, T, H] bf16, fp16 or fp32; H is that of values
+    A_log: Int64  # [H] fp32
+    dt_bias: Int64  # [H, K] fp32
+    initial_state: Int64  # [N, H, V, K] or [N, H, K, V], bf16 or fp32
+    final_state: Int64
+    state_indices: Int64  # [N] int32: states are those of a pool, [P, H, ...], a negative one is none
+    P: Int32
+    checkpoints: Int64  # [R, H, ...] bf16 or fp32: states every so many chunks, if the configuration keeps them
+    first_checkpoints: Int64  # [N] int32: the number of a sequence's first
+    every: Int32
+    cu_seqlens: Int64  # [N + 1] int32 or int64
+    workspace: Int64  # workspace_bytes of memory, without which no item is cut
+    items: Int32
+    most_workers: Int32
+    scale: Float32
+    lower_bound: Float32
+    flags: Int32
+
+
+def zeros(function: Callable) -> list[Int64 | Int32 | Float32]:
+    """A number for each parameter that is one: to compile for all."""
+    kinds = {"Int64": Int64, "Int32": Int32, "Float32": Float32}
+    annotations = [str(x.annotation) for x in inspect.signature(function).parameters.values()]
+    return [kinds[kind](0) for kind in annotations if kind in kinds]
 
 
 def fake_tensors(config, names: str):

@@ -38,7 +38,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.memory import SmemAllocator
 
 from . import barriers, chunk, gate, ptx, roles_cluster, roles_load, roles_prepare, roles_state, schedule
-from .arguments import by_token, fake_tensors, tiled_mma, tma
+from .arguments import Numbers, by_token, fake_tensors, tiled_mma, tma, zeros
 from .barriers import Barriers
 from .config import KdaFwdConfig
 from .layout import BOX, SYSTEM, SYSTEMS, TABLES, C, D, Stage
@@ -84,16 +84,16 @@ class KdaFwdSm90:
         mV: cute.Tensor,  # [B, T, HV, V]; from here on heads are those of values, and H is HV
         mG: cute.Tensor,
         mO: cute.Tensor,
-        beta: Int64,  # addresses: [B, T, H] bf16 or fp32
-        A_log: Int64,  # [H] fp32 or 0
-        dt_bias: Int64,  # [H, K] fp32 or 0
-        initial_state: Int64,  # [N, H, V, K] or [N, H, K, V], bf16 or fp32, or 0
+        beta: Int64,  # addresses, see Numbers
+        A_log: Int64,
+        dt_bias: Int64,
+        initial_state: Int64,
         final_state: Int64,
-        state_indices: Int64,  # [N] int32: states are those of a pool, [P, H, ...], a negative one is none; or 0
-        checkpoints: Int64,  # [R, H, ...] bf16 or fp32: states every so many chunks, if the configuration keeps them
-        first_checkpoints: Int64,  # [N] int32: the number of a sequence's first
-        cu_seqlens: Int64,  # [N + 1] int32 or int64, or 0
-        workspace: Int64,  # workspace_bytes of memory, or 0: no item is cut
+        state_indices: Int64,
+        checkpoints: Int64,
+        first_checkpoints: Int64,
+        cu_seqlens: Int64,
+        workspace: Int64,
         N: Int32,
         P: Int32,
         every: Int32,
@@ -118,8 +118,11 @@ class KdaFwdSm90:
             grid = cutlass.min(items, workers) * self.pipe.blocks
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
-            mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints,
-            first_checkpoints, every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags,
+            mQ, mK, mV, mG, mO,
+            Numbers(
+                beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints, first_checkpoints,
+                every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags,
+            ),
             tiled_mma(2 * C, OperandMajorMode.K), tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[grid, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[self.pipe.blocks, 1, 1], stream=stream,
@@ -137,10 +140,7 @@ class KdaFwdSm90:
         g_tma: cute.CopyAtom, tG: cute.Tensor,
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mG: cute.Tensor, mO: cute.Tensor,
-        beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, state_indices: Int64,
-        P: Int32, checkpoints: Int64, first_checkpoints: Int64, every: Int32, cu_seqlens: Int64, workspace: Int64,
-        items: Int32, most_workers: Int32, scale: Float32, lower_bound: Float32, flags: Int32,
-        mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
+        numbers: Numbers, mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         pipe = self.pipe
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -180,9 +180,10 @@ class KdaFwdSm90:
 
         H = cute.size(mO.shape[2])
         T = cute.size(mO.shape[0])
-        schedule.share(sPlan, items, H, T, cu_seqlens, workspace, flags, *pipe.worker())
+        items, cu_seqlens, flags = numbers.items, numbers.cu_seqlens, numbers.flags
+        schedule.share(sPlan, items, H, T, cu_seqlens, numbers.workspace, flags, *pipe.worker())
         work = Listed(self.config.checkpoints, sPlan, bars.listed, bars.taken)
-        gate_inputs = gate.Inputs(A_log, dt_bias, lower_bound)
+        gate_inputs = gate.Inputs(numbers.A_log, numbers.dt_bias, numbers.lower_bound)
         cute.arch.sync_threads()
         if const_expr(pipe.blocks == 2):  # the barriers are there
             cute.arch.cluster_arrive()
@@ -192,14 +193,11 @@ class KdaFwdSm90:
             if const_expr(pipe.registers is not None):
                 cute.arch.setmaxregister_decrease(pipe.registers.load)
             if warp == 0:
-                roles_load.load(
-                    pipe, ((q_tma, tQ), (k_tma, tK), (v_tma, tV), (g_tma, tG)), shared, work, items, H, T,
-                    state_indices, P, first_checkpoints, cu_seqlens, workspace, most_workers, flags,
-                )  # fmt: skip
+                roles_load.load(pipe, ((q_tma, tQ), (k_tma, tK), (v_tma, tV), (g_tma, tG)), shared, work, numbers, H, T)
                 if cu_seqlens != 0:
                     schedule.clear_rest(self.clear, (mO, H), cu_seqlens, items // H, T, flags, *ptx.block())
             elif warp == 1:
-                roles_prepare.invert(pipe, shared, beta, scale, flags, H, T, work)
+                roles_prepare.invert(pipe, shared, numbers.beta, numbers.scale, flags, H, T, work)
             else:
                 if const_expr(pipe.blocks == 1):
                     roles_prepare.gates(pipe, warp - 2, shared, gate_inputs, work)
@@ -217,8 +215,7 @@ class KdaFwdSm90:
                 cute.arch.setmaxregister_increase(pipe.registers.state)
             roles_state.state(
                 pipe, (warp - 4 - 4 * pipe.prepare_wgs) // 4, shared, out, (mma_ks, mma_tm, mma_s), o_tma, tO, mO,
-                (initial_state, final_state, checkpoints, every), H, workspace, most_workers, flags, work,
-                (mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound),
+                numbers, H, work, (mQ, mK, mG, mV),
             )  # fmt: skip
         if const_expr(pipe.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
@@ -238,8 +235,7 @@ def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaFwdSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(config, "qkvgo"),
-        *([Int64(0)] * 10), *([Int32(0)] * 3), Float32(0.0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *fake_tensors(config, "qkvgo"), *zeros(KdaFwdSm90.__call__),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

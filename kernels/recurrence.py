@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from . import fragments, gate, ptx, scalars, state_io
+from .arguments import Numbers
 from .layout import STATE_BAR, C, D
 
 
@@ -20,8 +21,8 @@ def is_finite(acc: cute.Tensor) -> Boolean:
 
 @cute.jit
 def token_by_token(
-    pipe: cutlass.Constexpr, acc: cute.Tensor, inputs, mO: cute.Tensor, begin: Int32, start: Int32, tokens: Int32,
-    h: Int32, b: Int32, wg: Int32, scratch: Int32, flags: Int32, kept,
+    pipe: cutlass.Constexpr, acc: cute.Tensor, inputs, numbers: Numbers, mO: cute.Tensor, begin: Int32, start: Int32,
+    tokens: Int32, h: Int32, b: Int32, wg: Int32, scratch: Int32, kept,
 ):  # fmt: skip
     """A piece by the definition, in fp32, from what is in global memory: some twenty times slower. o from `start`.
 
@@ -31,7 +32,9 @@ def token_by_token(
     A lane has two rows of S, every fourth pair of channels. What a token does to a channel is made by a thread for
     all rows, in shared memory. Where squares overflow, those of smaller numbers are taken.
     """
-    mQ, mK, mG, mV, beta, A_log, dt_bias, scale, lower_bound = inputs
+    mQ, mK, mG, mV = inputs
+    beta, A_log, dt_bias, flags = numbers.beta, numbers.A_log, numbers.dt_bias, numbers.flags
+    scale, lower_bound = numbers.scale, numbers.lower_bound
     K, h, b, thread = pipe.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
     H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
     h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32

@@ -8,6 +8,7 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 
 from . import pipeline, ptx, schedule, segments, state_io
+from .arguments import Numbers
 from .barriers import Barriers
 from .config import MAPS_BUILT
 from .layout import BOX, C, D
@@ -17,14 +18,11 @@ from .segments import EXACT, HANDED, NOT_NEEDED
 
 
 @cute.jit
-def load(
-    pipe: cutlass.Constexpr, sources, shared: Shared, work: Listed, items: Int32, H: Int32, T: Int32,
-    state_indices: Int64, P: Int32, first_checkpoints: Int64, cu_seqlens: Int64, workspace: Int64, most_workers: Int32,
-    flags: Int32,
-):  # fmt: skip
+def load(pipe: cutlass.Constexpr, sources, shared: Shared, work: Listed, numbers: Numbers, H: Int32, T: Int32):
     """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
     the tensor arrive as zeros."""
     bars, boxes = shared.bars, boxes_of(pipe, shared.ring)
+    workspace, most_workers, flags = numbers.workspace, numbers.most_workers, numbers.flags
     stage, phase, n = Int32(0), Int32(1), Int32(0)
     sPlan = work.plan
     segment, built = ptx.lds_i32(sPlan + AT_SEGMENT), Int32(0)
@@ -42,13 +40,13 @@ def load(
         if nth < count:
             last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
             found = schedule.find_piece(
-                piece.next_at, sPlan, items, H, T, cu_seqlens, workspace, flags, last, *pipe.worker()
+                piece.next_at, sPlan, numbers.items, H, T, numbers.cu_seqlens, workspace, flags, last, *pipe.worker()
             )
             if const_expr(pipe.blocks == 1):
                 found = with_map(found, built)
             if const_expr(pipe.config.checkpoints):
-                next_checkpoint = ptx.ldg_i32(first_checkpoints + Int64(found.nh // H) * 4)
-            found = found._replace(nh=state_io.pooled(found.nh, H, state_indices, P))
+                next_checkpoint = ptx.ldg_i32(numbers.first_checkpoints + Int64(found.nh // H) * 4)
+            found = found._replace(nh=state_io.pooled(found.nh, H, numbers.state_indices, numbers.P))
         if nth > 0:
             next_nh = found.nh
             if (found.fate & ~(Fate.FINAL | Fate.HANDED_ON | Fate.COMPARED)) != 0:

@@ -9,6 +9,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 
 from . import fragments, pipeline, ptx, recurrence, segments, state_io, update
+from .arguments import Numbers
 from .barriers import Barriers
 from .layout import BOX, DECAY, NORM, STATE_BAR, TABLES, C, D
 from .pipeline import Shared
@@ -17,8 +18,8 @@ from .schedule import AT_GUESSED, AT_WARM_UP, Entry, Fate, Listed
 
 @cute.jit
 def state(
-    pipe: cutlass.Constexpr, wg: Int32, shared: Shared, out, mmas, o_tma, tO, mO, states, H: Int32, workspace: Int64,
-    most_workers: Int32, flags: Int32, work: Listed, inputs,
+    pipe: cutlass.Constexpr, wg: Int32, shared: Shared, out, mmas, o_tma, tO, mO, numbers: Numbers, H: Int32,
+    work: Listed, inputs,
 ):  # fmt: skip
     """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
 
@@ -33,7 +34,10 @@ def state(
     after the other, for any input.
     """
     ring, sTables, bars = shared.ring, shared.tables, shared.bars
-    (mma_ks, mma_tm, mma_s), (initial_state, final_state, checkpoints, every) = mmas, states
+    initial_state, checkpoints, every, flags = (
+        numbers.initial_state, numbers.checkpoints, numbers.every, numbers.flags
+    )  # fmt: skip
+    mma_ks, mma_tm, mma_s = mmas
     thread = cute.arch.thread_idx()[0] % 128
     warp, lane = thread // 32, cute.arch.lane_idx()
     col = lane % 4 * 2
@@ -66,7 +70,7 @@ def state(
         start, tokens, h, b, fate = piece.start, piece.tokens, piece.h, piece.b, piece.fate
         kept = piece.skipped, piece.checkpoint, every, checkpoints
         chunks = cute.ceil_div(tokens, C)
-        place = workspace, most_workers, wg, thread
+        place = numbers.workspace, numbers.most_workers, wg, thread
         guessed, source = begin(pipe, acc_s, forget, piece, place, initial_state, work, wg, warp, lane, vs, flags)
         state_io.prefetch(pipe.config, initial_state, piece.next_nh, vs, flags)
         forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
@@ -134,10 +138,8 @@ def state(
             ptx.sts_i32(work.plan + AT_WARM_UP, start)
         elif not ptx.all_of(recurrence.is_finite(acc_s), STATE_BAR + wg):
             if (fate & Fate.KEPT) == 0:
-                run_again(
-                    pipe, acc_s, piece, place, source, initial_state, work, inputs, mO, wg, warp, vs, o_row, flags, kept
-                )
-        end(pipe, acc_s, piece, place, guessed, final_state, work, bars, wg, warp, lane, vs, flags)
+                run_again(pipe, acc_s, piece, place, source, numbers, work, inputs, mO, wg, warp, vs, o_row, kept)
+        end(pipe, acc_s, piece, place, guessed, numbers.final_state, work, bars, wg, warp, lane, vs, flags)
     cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
@@ -173,11 +175,12 @@ def begin(
 
 @cute.jit
 def run_again(
-    pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, place, source: Int32, initial_state: Int64, work: Listed,
-    inputs, mO: cute.Tensor, wg: Int32, warp: Int32, vs: Int32, o_row: Int32, flags: Int32, kept,
+    pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, place, source: Int32, numbers: Numbers, work: Listed,
+    inputs, mO: cute.Tensor, wg: Int32, warp: Int32, vs: Int32, o_row: Int32, kept,
 ):  # fmt: skip
     """A piece token by token, from what it began with."""
     start, tokens, h, b, nh, fate = piece.start, piece.tokens, piece.h, piece.b, piece.nh, piece.fate
+    flags = numbers.flags
     if warp == 0:
         cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
     first = start
@@ -187,11 +190,11 @@ def run_again(
         first = ptx.lds_i32(work.plan + AT_WARM_UP)
         state_io.load(acc_s, pipe.config, Int64(0), nh, vs, flags)
     else:
-        whence = initial_state
+        whence = numbers.initial_state
         if nh < 0:
             whence = Int64(0)
         state_io.load(acc_s, pipe.config, whence, nh, vs, flags)
-    recurrence.token_by_token(pipe, acc_s, inputs, mO, first, start, tokens, h, b, wg, o_row, flags, kept)
+    recurrence.token_by_token(pipe, acc_s, inputs, numbers, mO, first, start, tokens, h, b, wg, o_row, kept)
 
 
 @cute.jit
