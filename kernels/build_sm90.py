@@ -37,7 +37,7 @@ from . import (
     state_io,
     update,
 )
-from .arguments import by_token, fake_tensors, tiled_mma, tma
+from .arguments import by_token, fake_tensors, tiled_mma, tma, zeros
 from .barriers import Barriers
 from .config import KdaBuildConfig
 from .layout import DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
@@ -370,7 +370,7 @@ def compile(config: KdaBuildConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaBuildSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(config, "kvg"), *([Int64(0)] * 7), Int32(0), Int32(0), Float32(0.0), Int32(0), Int32(0),
+        kernel, *fake_tensors(config, "kvg"), *zeros(KdaBuildSm90.__call__),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

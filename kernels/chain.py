@@ -9,8 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
 
-from . import ptx, segments
-from .config import INITIAL_BF16, STATE_BYTES, STATE_V_FIRST
+from . import ptx, segments, state_io
+from .config import INITIAL, STATE_BYTES, STATE_V_FIRST
 from .layout import D
 
 ROWS = 16  # of the state, in a block
@@ -115,10 +115,7 @@ def read_state(acc: cute.Tensor, address: Int64, nh: Int32, v: Int32, p: Int32, 
     for i in cutlass.range_constexpr(8):
         # rows v, v + 8, v + 1, v + 9, of each two columns
         at = Int64(nh) * (D * D) + (v + i // 2 % 2 * 8 + i // 4) * sv + (2 * p + i % 2) * sk
-        if (flags & INITIAL_BF16) != 0:
-            acc[i] = ptx.bf16_lo(ptx.ldg_u16(address + at * 2))
-        else:
-            acc[i] = ptx.as_f32(ptx.ldg_u32(address + at * 4))
+        state_io.in_dtype(lambda dtype, i=i, at=at: state_io.read(acc, i, address, at, dtype), flags, INITIAL)
 
 
 def any_of(at: Int32) -> Int32:

@@ -11,7 +11,10 @@ MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 
 # Flags that cost nothing at run time, so that they cost no binary: bits of the kernel's argument `flags`.
 L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, BETA_FP16, STATE_V_FIRST = (1 << i for i in range(6))
-INITIAL_BF16, FINAL_BF16, CHECKPOINTS_BF16, CU_INT64, MAPS_BUILT, TOKEN_STATES_BF16 = (1 << i for i in range(6, 12))
+CU_INT64, MAPS_BUILT = 1 << 9, 1 << 10
+# What states may be in memory, and the bits in which each kind of state says what it is: see state_io.in_dtype.
+STATE_DTYPES = ("fp32", "bf16")
+INITIAL, FINAL, CHECKPOINTS, TOKEN_STATES = 6, 7, 8, 11
 
 
 # Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: side by side on

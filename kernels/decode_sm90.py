@@ -20,8 +20,8 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 from . import fragments, gate, ptx, scalars, schedule, state_io
-from .arguments import TYPES, fake_tensors
-from .config import FINAL_BF16, INITIAL_BF16, L2NORM, TOKEN_STATES_BF16, KdaDecodeConfig
+from .arguments import TYPES, fake_tensors, zeros
+from .config import FINAL, INITIAL, L2NORM, TOKEN_STATES, KdaDecodeConfig
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
@@ -117,7 +117,7 @@ class KdaDecodeSm90:
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
             S[i] = Float32(0.0)
         if (initial_state != 0) & kept:
-            self.move(S, initial_state, place, part, warp, lane, (flags & INITIAL_BF16) != 0, True)
+            self.move(S, initial_state, place, part, warp, lane, INITIAL, flags, True)
 
         for t in cutlass.range(0, tokens, unroll=1):
             if t % TOKENS == 0:
@@ -143,9 +143,9 @@ class KdaDecodeSm90:
                 self.take_sums(S, tables, j, o, part * ROWS, warp, lane)
             if token_states != 0:
                 after = (Int64(b) * T + start + t) * H + h
-                self.move(S, token_states, after, part, warp, lane, (flags & TOKEN_STATES_BF16) != 0, False)
+                self.move(S, token_states, after, part, warp, lane, TOKEN_STATES, flags, False)
         if (final_state != 0) & kept:
-            self.move(S, final_state, place, part, warp, lane, (flags & FINAL_BF16) != 0, False)
+            self.move(S, final_state, place, part, warp, lane, FINAL, flags, False)
         rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
         if (cu_seqlens != 0) & (n < N):
             rest, decreasing = schedule.rest_of(cuts, T, flags)
@@ -166,7 +166,7 @@ class KdaDecodeSm90:
             mO[0, t, h, part * ROWS + lane] = Float32(0.0).to(self.dtype)
         if token_states != 0:
             after = Int64(t) * H + h
-            self.move(S, token_states, after, part, warp, lane, (flags & TOKEN_STATES_BF16) != 0, False)
+            self.move(S, token_states, after, part, warp, lane, TOKEN_STATES, flags, False)
 
     # ------------------------------------------------------------------ before the tokens
 
@@ -349,21 +349,15 @@ class KdaDecodeSm90:
 
     # ------------------------------------------------------------------ states
 
-    @cute.jit
     def move(
-        self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, is_bf16,
-        load: cutlass.Constexpr,
-    ):  # fmt: skip
+        self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, kind: int,
+        flags: Int32, load: bool,
+    ) -> None:  # fmt: skip
         """A lane's elements of a state, to or from global memory."""
-        if is_bf16:
-            self.move_as(S, address, state, part, warp, lane, 2, load)
-        else:
-            self.move_as(S, address, state, part, warp, lane, 4, load)
+        state_io.in_dtype(lambda dtype: self.move_as(S, address, state, part, warp, lane, dtype, load), flags, kind)
 
-    def move_as(
-        self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, size: int, load: bool
-    ):
-        K, V = self.config.K, self.config.V
+    def move_as(self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, dtype, load):
+        K, V, size = self.config.K, self.config.V, dtype.width // 8
         if self.config.state_v_first:  # a row is K elements
             n, step = self.keys, K
             first = (part * ROWS + warp * WARP_ROWS) * K + lane * n
@@ -373,17 +367,17 @@ class KdaDecodeSm90:
         at = address + (state * (K * V) + first) * size
         for i in range(WARP_ROWS * K // 32 // n):
             if load:
-                for j, x in enumerate(ptx.ldg_state(at + i * step * size, n, size)):
+                for j, x in enumerate(ptx.ldg_state(at + i * step * size, n, dtype)):
                     S[i * n + j] = x
             else:
-                ptx.stg_state(at + i * step * size, [S[i * n + j] for j in range(n)], size)
+                ptx.stg_state(at + i * step * size, [S[i * n + j] for j in range(n)], dtype)
 
 
 def compile(config: KdaDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaDecodeSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(config, "qkvgo"), *([Int64(0)] * 8), Int32(0), Int32(0), Float32(0.0), Float32(0.0),
-        Int32(0), cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+        kernel, *fake_tensors(config, "qkvgo"), *zeros(KdaDecodeSm90.__call__),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -216,17 +216,26 @@ def stg_i32(at: Int64, x: Int32, *, loc=None, ip=None) -> None:
     _asm("st.global.b32 [$0], $1;", [], [at, x], "l,r,~{memory}", True, loc, ip)
 
 
+def _halves(x: Uint32, dtype, loc, ip) -> tuple[Float32, Float32]:
+    """Two numbers of a 16-bit dtype, of bf16 so far."""
+    return bf16_lo(x, loc=loc, ip=ip), bf16_hi(x, loc=loc, ip=ip)
+
+
+def _packed(x: Float32, y: Float32, dtype, loc, ip) -> Uint32:
+    return pack_bf16(x, y, loc=loc, ip=ip)
+
+
 @dsl_user_op
-def ldg_pair(at: Int64, stride: int, size: int, *, loc=None, ip=None) -> tuple[Float32, Float32]:
-    """Two elements from global memory, fp32 (size 4) or bf16 (2), `stride` bytes apart."""
-    if stride == size == 4:
+def ldg_pair(at: Int64, stride: int, dtype, *, loc=None, ip=None) -> tuple[Float32, Float32]:
+    """Two elements of fp32 or a 16-bit dtype from global memory, `stride` bytes apart."""
+    if dtype is Float32 and stride == 4:
         return _asm("ld.global.v2.f32 {$0, $1}, [$2];", [Float32] * 2, [at], "=f,=f,l", True, loc, ip)
-    if stride == size == 2:
+    if dtype is not Float32 and stride == 2:
         x = _asm("ld.global.b32 $0, [$1];", [Uint32], [at], "=r,l", True, loc, ip)
-        return bf16_lo(x, loc=loc, ip=ip), bf16_hi(x, loc=loc, ip=ip)
-    if size == 4:
+        return _halves(x, dtype, loc, ip)
+    if dtype is Float32:
         text = f"ld.global.f32 $0, [$2]; ld.global.f32 $1, [$2 + {stride}];"
-    else:
+    else:  # bf16
         text = (
             f"{{ .reg .b16 x, y, z; mov.b16 z, 0; ld.global.b16 x, [$2]; ld.global.b16 y, [$2 + {stride}]; "
             "mov.b32 $0, {z, x}; mov.b32 $1, {z, y}; }"
@@ -235,19 +244,18 @@ def ldg_pair(at: Int64, stride: int, size: int, *, loc=None, ip=None) -> tuple[F
 
 
 @dsl_user_op
-def ldg_state(at: Int64, n: int, size: int, *, loc=None, ip=None) -> tuple[Float32, ...]:
-    """2 or 4 neighbours of a state, fp32 (size 4) or bf16 (2), that are not needed again."""
-    words = n * size // 4
+def ldg_state(at: Int64, n: int, dtype, *, loc=None, ip=None) -> tuple[Float32, ...]:
+    """2 or 4 neighbours of a state, fp32 or a 16-bit dtype, that are not needed again."""
+    words = n * dtype.width // 32
     vector, names = (f".v{words}", "{" + ", ".join(f"${i}" for i in range(words)) + "}") if words > 1 else ("", "$0")
-    kind, register, dtype = ("f32", "f", Float32) if size == 4 else ("b32", "r", Uint32)
+    kind, register, as_read = ("f32", "f", Float32) if dtype is Float32 else ("b32", "r", Uint32)
     x = _asm(
         f"ld.global.L1::no_allocate{vector}.{kind} {names}, [${words}];",
-        [dtype] * words, [at], ",".join([f"={register}"] * words) + ",l", True, loc, ip,
+        [as_read] * words, [at], ",".join([f"={register}"] * words) + ",l", True, loc, ip,
     )  # fmt: skip
-    if size == 4:
+    if dtype is Float32:
         return tuple(x)
-    x = [x] if words == 1 else x
-    return tuple(y for w in x for y in (bf16_lo(w, loc=loc, ip=ip), bf16_hi(w, loc=loc, ip=ip)))
+    return tuple(y for word in ([x] if words == 1 else x) for y in _halves(word, dtype, loc, ip))
 
 
 @dsl_user_op
@@ -258,12 +266,12 @@ def copy_async(to: Int32, at: Int64, size: int = 16, *, loc=None, ip=None) -> No
 
 
 @dsl_user_op
-def stg_state(at: Int64, x: Sequence, size: int, *, loc=None, ip=None) -> None:
+def stg_state(at: Int64, x: Sequence, dtype, *, loc=None, ip=None) -> None:
     """The same, written."""
-    words = list(x) if size == 4 else [
-        pack_bf16(x[i], x[i + 1], loc=loc, ip=ip) for i in range(0, len(x), 2)
+    words = list(x) if dtype is Float32 else [
+        _packed(x[i], x[i + 1], dtype, loc, ip) for i in range(0, len(x), 2)
     ]  # fmt: skip
-    n, kind, register = len(words), "f32" if size == 4 else "b32", "f" if size == 4 else "r"
+    n, kind, register = len(words), "f32" if dtype is Float32 else "b32", "f" if dtype is Float32 else "r"
     names = "{" + ", ".join(f"${i + 1}" for i in range(n)) + "}" if n > 1 else "$1"
     vector = f".v{n}" if n > 1 else ""
     _asm(f"st.global{vector}.{kind} [$0], {names};", [], [at, *words], "l," + ",".join([register] * n) + ",~{memory}",
@@ -345,17 +353,17 @@ def stg_relaxed(at: Int64, x: Int64, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def stg_pair(at: Int64, x: Float32, y: Float32, stride: int, size: int, *, loc=None, ip=None) -> None:
-    if stride == size == 4:
+def stg_pair(at: Int64, x: Float32, y: Float32, stride: int, dtype, *, loc=None, ip=None) -> None:
+    if dtype is Float32 and stride == 4:
         _asm("st.global.v2.f32 [$0], {$1, $2};", [], [at, x, y], "l,f,f,~{memory}", True, loc, ip)
-    elif stride == size == 2:
-        _asm("st.global.b32 [$0], $1;", [], [at, pack_bf16(x, y, loc=loc, ip=ip)], "l,r,~{memory}", True, loc, ip)
-    elif size == 4:
+    elif dtype is Float32:
         text = f"st.global.f32 [$0], $1; st.global.f32 [$0 + {stride}], $2;"
         _asm(text, [], [at, x, y], "l,f,f,~{memory}", True, loc, ip)
+    elif stride == 2:
+        _asm("st.global.b32 [$0], $1;", [], [at, _packed(x, y, dtype, loc, ip)], "l,r,~{memory}", True, loc, ip)
     else:
         text = f"{{ .reg .b16 x, y; mov.b32 {{x, y}}, $1; st.global.b16 [$0], x; st.global.b16 [$0 + {stride}], y; }}"
-        _asm(text, [], [at, pack_bf16(x, y, loc=loc, ip=ip)], "l,r,~{memory}", True, loc, ip)
+        _asm(text, [], [at, _packed(x, y, dtype, loc, ip)], "l,r,~{memory}", True, loc, ip)
 
 
 def _lds(types: Sequence, address: Int32, loc, ip):

@@ -10,7 +10,16 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 
 from . import ptx
-from .config import CHECKPOINTS_BF16, FINAL_BF16, INITIAL_BF16, STATE_V_FIRST
+from .config import CHECKPOINTS, FINAL, INITIAL, STATE_V_FIRST
+
+
+@cute.jit
+def in_dtype(do: cutlass.Constexpr, flags: Int32, kind: cutlass.Constexpr):
+    """do(dtype) with what states of a kind (INITIAL, ...) are in memory: the one place that knows what there is."""
+    if (flags & (1 << kind)) != 0:
+        do(BFloat16)
+    else:
+        do(Float32)
 
 
 @cute.jit
@@ -31,35 +40,32 @@ def load(acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32,
     for i in cutlass.range_constexpr(64):
         acc[i] = Float32(0.0)
     if address != 0:
-        move(acc, config, address, nh, vs, INITIAL_BF16, flags, True)
+        move(acc, config, address, nh, vs, INITIAL, flags, True)
 
 
 @cute.jit
 def store(acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
     if address != 0:
-        move(acc, config, address, nh, vs, FINAL_BF16, flags, False)
+        move(acc, config, address, nh, vs, FINAL, flags, False)
 
 
 def store_checkpoint(acc: cute.Tensor, config, address: Int64, number: Int32, vs: Int32, flags: Int32) -> None:
-    move(acc, config, address, number, vs, CHECKPOINTS_BF16, flags, False)
+    move(acc, config, address, number, vs, CHECKPOINTS, flags, False)
+
+
+def move(acc, config, address: Int64, nh: Int32, vs: Int32, kind: int, flags: Int32, from_memory: bool) -> None:
+    in_dtype(lambda dtype: in_order(acc, config, address, nh, vs, dtype, flags, from_memory), flags, kind)
 
 
 @cute.jit
-def move(
-    acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, is_bf16: cutlass.Constexpr,
+def in_order(
+    acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, dtype: cutlass.Constexpr,
     flags: Int32, from_memory: cutlass.Constexpr,
 ):  # fmt: skip
-    """is_bf16: the flag that says so; if it is not set, fp32."""
-    if (flags & is_bf16) != 0:
-        if (flags & STATE_V_FIRST) != 0:
-            copy(acc, config, address, nh, vs, BFloat16, True, from_memory)
-        else:
-            copy(acc, config, address, nh, vs, BFloat16, False, from_memory)
+    if (flags & STATE_V_FIRST) != 0:
+        copy(acc, config, address, nh, vs, dtype, True, from_memory)
     else:
-        if (flags & STATE_V_FIRST) != 0:
-            copy(acc, config, address, nh, vs, Float32, True, from_memory)
-        else:
-            copy(acc, config, address, nh, vs, Float32, False, from_memory)
+        copy(acc, config, address, nh, vs, dtype, False, from_memory)
 
 
 def copy(acc, config, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool, load: bool) -> None:
@@ -75,9 +81,17 @@ def copy(acc, config, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool
     for i in range(0, K // 2, 2):
         at = base + (i // 2 % 2 * 8 * sv + i // 4 * 8 * sk) * size
         if load:
-            acc[i], acc[i + 1] = ptx.ldg_pair(at, sk * size, size)
+            acc[i], acc[i + 1] = ptx.ldg_pair(at, sk * size, dtype)
         else:
-            ptx.stg_pair(at, acc[i], acc[i + 1], sk * size, size)
+            ptx.stg_pair(at, acc[i], acc[i + 1], sk * size, dtype)
+
+
+def read(acc, i: int, address: Int64, at: Int64, dtype) -> None:
+    """acc[i] becomes the at-th element from address."""
+    if dtype is Float32:
+        acc[i] = ptx.as_f32(ptx.ldg_u32(address + at * 4))
+    else:
+        acc[i] = ptx.bf16_lo(ptx.ldg_u16(address + at * 2))
 
 
 @cute.jit
@@ -85,7 +99,7 @@ def prefetch(config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, fl
     """A warpgroup's half of an initial state, if there is any, into L2. Without a branch: with one, ptxas takes
     vector registers for all that is uniform in the whole kernel, and spills."""
     size = Int32(64 * config.K * 4)
-    if (flags & INITIAL_BF16) != 0:
+    if (flags & (1 << INITIAL)) != 0:  # 16 bits
         size = Int32(64 * config.K * 2)
     for i in cutlass.range_constexpr(2):
         offset = ptx.thread() % 128 * 128 + i * 128 * 128

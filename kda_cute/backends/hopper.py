@@ -17,15 +17,16 @@ from ..kernels.config import (
     BETA_BF16,
     BETA_FP16,
     BETA_SIGMOID,
-    CHECKPOINTS_BF16,
+    CHECKPOINTS,
     CU_INT64,
-    FINAL_BF16,
-    INITIAL_BF16,
+    FINAL,
+    INITIAL,
     L2NORM,
     MAPS_BUILT,
     NEG_EIGVAL,
+    STATE_DTYPES,
     STATE_V_FIRST,
-    TOKEN_STATES_BF16,
+    TOKEN_STATES,
     KdaBuildConfig,
     KdaDecodeConfig,
     KdaFwdConfig,
@@ -143,13 +144,13 @@ def prepare(call: Call, sizes: Sizes) -> Any:
         | BETA_BF16 * _is(call.beta, torch.bfloat16)
         | BETA_FP16 * _is(call.beta, torch.float16)
         | STATE_V_FIRST * bool(call.state_v_first)
-        | INITIAL_BF16 * _is(call.initial_state, torch.bfloat16)
-        | FINAL_BF16 * _is(call.final_state, torch.bfloat16)
+        | _dtype_of(call.initial_state) << INITIAL
+        | _dtype_of(call.final_state) << FINAL
         | CU_INT64 * _is(call.cu_seqlens, torch.int64)
     )
     if recurrent:
         kernel = jit.load(KdaDecodeConfig(g_dtype, gate, bool(call.state_v_first), dtype, K, V))
-        flags |= TOKEN_STATES_BF16 * _is(call.token_states, torch.bfloat16)
+        flags |= _dtype_of(call.token_states) << TOKEN_STATES
     else:
         split = v_split(B * T, n, H, sms) if V == 128 else 1
         longest, neg_eigval = B * T if packed else T, bool(call.allow_neg_eigval)
@@ -160,7 +161,7 @@ def prepare(call: Call, sizes: Sizes) -> Any:
             flags |= MAPS_BUILT
         kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, neg_eigval, dtype, K, V, call.checkpoints is not None))
         if call.checkpoints is not None:
-            flags |= CHECKPOINTS_BF16 * _is(call.checkpoints.states, torch.bfloat16)
+            flags |= _dtype_of(call.checkpoints.states) << CHECKPOINTS
             every = call.checkpoints.every
     pool = n if call.initial_state is None else call.initial_state.shape[0]
     scale, bound = call.scale, float(call.lower_bound or 0.0)
@@ -220,6 +221,11 @@ def prepare(call: Call, sizes: Sizes) -> Any:
         return True
 
     return launch
+
+
+def _dtype_of(states: Tensor | None) -> int:
+    """What the kernels call it: its place among STATE_DTYPES."""
+    return 0 if states is None else STATE_DTYPES.index(_DTYPES[states.dtype])
 
 
 def _is(x: Tensor | None, dtype: torch.dtype) -> bool:
