@@ -17,7 +17,7 @@ from .schedule import Work
 def send(pipe: cutlass.Constexpr, shared: Shared, work: Work):
     """One warp: each chunk that this block has prepared, all but v, to the other block."""
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
-    S, other, n = pipe.own_stages, pipe.rank() ^ 1, Int32(0)
+    theirs, other, n = pipe.own_stages, pipe.rank() ^ 1, Int32(0)
     for nth in cutlass.range(work.count(), unroll=1):
         end = n + cute.ceil_div(work.piece(nth).tokens, C)
         for c in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
@@ -26,13 +26,13 @@ def send(pipe: cutlass.Constexpr, shared: Shared, work: Work):
             cute.arch.mbarrier_wait(bars.ready + stage, pipeline.own_phase(pipe, own))
             cute.arch.mbarrier_wait(bars.solved + stage, pipeline.own_phase(pipe, own))
             cute.arch.mbarrier_wait(bars.left, own & 1 ^ 1)
-            bar = (bars.raw_full + S).toint()
+            bar = (bars.raw_full + theirs).toint()
             with cute.arch.elect_one():
                 for base, step, size in (
                     (ring, pipe.tiles.size, pipe.tiles.sent),
                     (sTables, TABLES, TABLES),
                 ):
-                    ptx.send(base + S * step, base + stage * step, size, bar, other)
+                    ptx.send(base + theirs * step, base + stage * step, size, bar, other)
         n = end
 
 

@@ -50,7 +50,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
     """
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
     A_log, dt_bias, lower_bound = inputs
-    P, blocks, rank = pipe.pairs, pipe.blocks, pipe.rank()
+    pairs, blocks, rank = pipe.pairs, pipe.blocks, pipe.rank()
     pair, half, bias_at = warp // 2, warp % 2, shared.bias + warp * 256
     lane = cute.arch.lane_idx()
     row = lane // 4
@@ -62,13 +62,13 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
     for nth in cutlass.range(work.count(), unroll=1):
         piece = work.piece(nth)
         tokens, h = piece.tokens, piece.h
-        first, end = pipeline.first_own(n, blocks * pair + rank, blocks * P), n + cute.ceil_div(tokens, C)
+        first, end = pipeline.first_own(n, blocks * pair + rank, blocks * pairs), n + cute.ceil_div(tokens, C)
         slope = Float32(0.0)
         if const_expr(pipe.gate_warps == 0):
             if first < end:
                 slope = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane)
         tokens += n * C  # from the block's first chunk on, as c
-        for c in cutlass.range(first, end, blocks * P, unroll=1):
+        for c in cutlass.range(first, end, blocks * pairs, unroll=1):
             own = c // blocks
             stage, slot = pipeline.own_stage(pipe, own), slot_of(own, SYSTEMS)
             left = tokens - c * C
@@ -97,11 +97,11 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
             A, M, q2 = chunk.accumulators(pipe, acc)
 
             # `invert` takes A and the squares from one of its buffers
-            if const_expr(P > SYSTEMS):
+            if const_expr(pairs > SYSTEMS):
                 # other pairs use it too: a phase says whose turn it is only to who is not late
-                if own >= P:
-                    last = pipeline.own_stage(pipe, own - P)
-                    barriers.wait(bars.solved + last, pipeline.own_phase(pipe, own - P), lane)
+                if own >= pairs:
+                    last = pipeline.own_stage(pipe, own - pairs)
+                    barriers.wait(bars.solved + last, pipeline.own_phase(pipe, own - pairs), lane)
             barriers.wait(bars.a_empty + slot, phase_of(own, SYSTEMS) ^ 1, lane)
             for i in cutlass.range_constexpr(4 if pipe.queries else 0):
                 q_sum = fragments.quad_sum(q2[i])
