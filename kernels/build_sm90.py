@@ -157,10 +157,9 @@ class KdaBuildSm90:
         for i in cutlass.range_constexpr(2):
             schedule.share(sPlan + i * PLAN, items, H, T, cu_seqlens, workspace, flags, first + i, workers)
         cute.arch.sync_threads()
-        self.choose(
-            g, sPlan, sList, first, items, H, T, A_log, dt_bias, cu_seqlens, workspace, workers, lower_bound, flags
-        )
-        work, gate_inputs = Chosen(sList), gate.Inputs(A_log, dt_bias, lower_bound)
+        gate_inputs = gate.Inputs(A_log, dt_bias, lower_bound, flags)
+        self.choose(g, sPlan, sList, first, items, H, T, gate_inputs, cu_seqlens, workspace, workers)
+        work = Chosen(sList)
         if work.count() > 0:  # the same in both blocks
             if warp == 0:
                 with cute.arch.elect_one():
@@ -196,8 +195,8 @@ class KdaBuildSm90:
 
     @cute.jit
     def choose(
-        self, g: cute.Tensor, sPlan: Int32, sList: Int32, first: Int32, items: Int32, H: Int32, T: Int32, A_log: Int64,
-        dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, workers: Int32, lower_bound: Float32, flags: Int32,
+        self, g: cute.Tensor, sPlan: Int32, sList: Int32, first: Int32, items: Int32, H: Int32, T: Int32,
+        inputs: gate.Inputs, cu_seqlens: Int64, workspace: Int64, workers: Int32,
     ):  # fmt: skip
         """Lists the pieces whose maps are needed, of the two workers of this cluster: those before a segment that
         cannot guess, or before one that can but has such a one behind it, which begins with what it comes to. A
@@ -208,21 +207,31 @@ class KdaBuildSm90:
         weak = Int32(0)
         if (wg < 4) & (ptx.lds_i32(plan + AT_BEGIN) < ptx.lds_i32(plan + AT_END)):
             piece = schedule.find_piece(
-                ptx.lds_i32(plan + AT_END), plan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
+                ptx.lds_i32(plan + AT_END),
+                plan,
+                items,
+                H,
+                T,
+                cu_seqlens,
+                workspace,
+                inputs.flags,
+                Int32(1),
+                worker,
+                workers,
             )
             start, tokens, h, b = piece.start, piece.tokens, piece.h, piece.b
             if (piece.fate & Fate.COMPARED) != 0:
                 window = cutlass.min(ptx.lds_i32(plan + AT_WARM) * C, tokens)
                 edge = start + tokens + nth * (ptx.lds_i32(plan + AT_LENGTH) * C)
                 if worker + 1 + nth <= piece.span // SPAN:
-                    slope, shift = gate.slope_of_head(self.pipe.form, A_log, h)
+                    slope, shift = gate.slope_of_head(self.pipe.form, inputs, h)
                     bias, total = Float32(0.0), Float32(0.0)
-                    if dt_bias != 0:
-                        bias = fragments.global_f32(dt_bias, Int64(h * D + channel))
+                    if inputs.dt_bias != 0:
+                        bias = fragments.global_f32(inputs.dt_bias, Int64(h * D + channel))
                     bias = gate.bias(self.pipe.form, slope, shift, bias)
                     for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
                         total += gate.factor(self.pipe.form, Float32(g[t, channel, h, b]), slope, bias)
-                    total = total * gate.log2_of_factor(self.pipe.form, lower_bound)
+                    total = total * gate.log2_of_factor(self.pipe.form, inputs)
                     weak = ptx.uniform(Int32(1) - Int32(total < math.log2(segments.FORGOTTEN)))
                 if (channel == 0) & (nth == 0):
                     at = sList + 32 * (2 + wg // 2)
@@ -250,19 +259,16 @@ class KdaBuildSm90:
         """As roles_prepare.gates, of the block's own chunks, which are all whole. Not the same function: there the
         stage's address is made before the wait, which gives other machine code here."""
         pipe, ring, sTables, bars = self.pipe, shared.ring.toint(), shared.tables, shared.bars
-        A_log, dt_bias, lower_bound = inputs
         lane, bias_at, n = cute.arch.lane_idx(), shared.bias + half * 256, Int32(0)
         stage, phase = Int32(0), Int32(0)
         for nth in cutlass.range(work.count(), unroll=1):
             segment = work.piece(nth)
             tokens, h = segment.tokens, segment.h
-            slope, end = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane), n + tokens // C
+            slope, end = gate.parameters(pipe.form, inputs, h, half, bias_at, lane), n + tokens // C
             for _ in cutlass.range(pipeline.first_own(n, pipe.rank(), 2), end, 2, unroll=1):
                 barriers.wait(bars.raw_full + stage, phase, lane)
                 at = ring + stage * pipe.tiles.size
-                gate.of_chunk(
-                    pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, lower_bound, Int32(C), lane
-                )
+                gate.of_chunk(pipe.form, slope, bias_at, half, at, sTables + stage * TABLES, inputs, Int32(C), lane)
                 cute.arch.mbarrier_arrive(bars.gated + stage)
                 stage, phase = pipeline.next_stage(pipe, stage, phase)
             n = end

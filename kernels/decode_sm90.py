@@ -112,7 +112,8 @@ class KdaDecodeSm90:
         self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
         beta_at = (Int64(b) * T + start) * H + h
         raw_beta = scalars.load_beta(beta, beta_at, H, lane * 4 + warp, left, flags)
-        a_log, bias = self.gate_of(A_log, dt_bias, h, thread % K)
+        gate_inputs = gate.Inputs(A_log, dt_bias, lower_bound, flags)
+        a_log, bias = self.gate_of(gate_inputs, h, thread % K)
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
             S[i] = Float32(0.0)
@@ -127,7 +128,7 @@ class KdaDecodeSm90:
                 beta_t = scalars.beta_of(cute.arch.shuffle_sync(raw_beta, lane), True, flags)
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
-                self.put(raw, tables, left, slope, ptx.as_f32(bias), lower_bound, thread)
+                self.put(raw, tables, left, slope, ptx.as_f32(bias), gate_inputs, thread)
                 self.put_queries(raw, tables, left, scale, beta_t, flags, warp, lane)
                 cute.arch.sync_threads()
                 if left < tokens - t:
@@ -195,24 +196,24 @@ class KdaDecodeSm90:
                 ptx.copy_async((to.iterator + cute.crd2idx((j, c), to.layout)).toint(), source.toint())
 
     @cute.jit
-    def gate_of(self, A_log: Int64, dt_bias: Int64, h: Int32, channel: Int32):
+    def gate_of(self, inputs: gate.Inputs, h: Int32, channel: Int32):
         """A_log of the head and dt_bias of the channel, asked for here."""
         a_log, bias = Uint32(0), Uint32(0)
         if const_expr(self.config.gate != "log"):
-            if A_log != 0:
-                a_log = ptx.ldg_u32(A_log + Int64(h) * 4)
-            if dt_bias != 0:
-                bias = ptx.ldg_u32(dt_bias + Int64(h * self.config.K + channel) * 4)
+            if inputs.A_log != 0:
+                a_log = ptx.ldg_u32(inputs.A_log + Int64(h) * 4)
+            if inputs.dt_bias != 0:
+                bias = ptx.ldg_u32(inputs.dt_bias + Int64(h * self.config.K + channel) * 4)
         return a_log, bias
 
     @cute.jit
-    def put(self, raw, tables, left: Int32, slope, bias: Float32, lower_bound: Float32, thread: Int32):
+    def put(self, raw, tables, left: Int32, slope, bias: Float32, inputs: gate.Inputs, thread: Int32):
         """A channel of the decay, and a row of v, of each token."""
         for j in cutlass.range(thread // ROWS, left, 128 // ROWS, unroll=1):
             ptx.sts_f32(tables[3] + (j * ROWS + thread % ROWS) * 4, raw[3][j, thread % ROWS].to(Float32))
         if thread < self.config.K:
             for j in cutlass.range(left, unroll=1):
-                decay = gate.decay_of(self.form, raw[2][j, thread].to(Float32), slope, bias, lower_bound)
+                decay = gate.decay_of(self.form, raw[2][j, thread].to(Float32), slope, bias, inputs)
                 ptx.sts_f32(tables[2] + (j * self.config.K + thread) * 4, decay)
 
     @cute.jit

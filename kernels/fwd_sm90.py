@@ -183,7 +183,7 @@ class KdaFwdSm90:
         items, cu_seqlens, flags = numbers.items, numbers.cu_seqlens, numbers.flags
         schedule.share(sPlan, items, H, T, cu_seqlens, numbers.workspace, flags, *pipe.worker())
         work = Listed(self.config.checkpoints, sPlan, bars.listed, bars.taken)
-        gate_inputs = gate.Inputs(numbers.A_log, numbers.dt_bias, numbers.lower_bound)
+        gate_inputs = gate.Inputs.of(numbers)
         cute.arch.sync_threads()
         if const_expr(pipe.blocks == 2):  # the barriers are there
             cute.arch.cluster_arrive()

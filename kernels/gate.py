@@ -55,25 +55,29 @@ class Form(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a gate is made from besides g."""
+    """What a gate is made from besides g. The gate's functions take it whole, so that more can be added here."""
 
     A_log: Int64  # address: [H] fp32, or 0
     dt_bias: Int64  # address: [H, K] fp32, or 0
     lower_bound: Float32
+    flags: Int32
+
+    @staticmethod
+    def of(numbers) -> Inputs:
+        """Of what a kernel is given."""
+        return Inputs(numbers.A_log, numbers.dt_bias, numbers.lower_bound, numbers.flags)
 
 
 @cute.jit
-def parameters(
-    form: cutlass.Constexpr, A_log: Int64, dt_bias: Int64, h: Int32, half: Int32, bias_at: Int32, lane: Int32
-):
+def parameters(form: cutlass.Constexpr, inputs: Inputs, h: Int32, half: Int32, bias_at: Int32, lane: Int32):
     """slope; and bias of the warp's channels, left in shared memory: see `factor`."""
-    slope, shift = slope_of_head(form, A_log, h)
+    slope, shift = slope_of_head(form, inputs, h)
     if const_expr(form.kind != "log"):
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(2):
             x = Float32(0.0)
-            if (dt_bias != 0) & (half < form.k_boxes):
-                x = fragments.global_f32(dt_bias, Int64(h * form.K + 64 * half + 32 * i + lane))
+            if (inputs.dt_bias != 0) & (half < form.k_boxes):
+                x = fragments.global_f32(inputs.dt_bias, Int64(h * form.K + 64 * half + 32 * i + lane))
             ptx.sts_f32(bias_at + (32 * i + lane) * 4, bias(form, slope, shift, x))
         cute.arch.sync_warp()
     return slope
@@ -86,12 +90,12 @@ def bias(form: cutlass.Constexpr, slope: Float32, shift: Float32, dt_bias: Float
 
 
 @cute.jit
-def slope_of_head(form: cutlass.Constexpr, A_log: Int64, h: Int32):
+def slope_of_head(form: cutlass.Constexpr, inputs: Inputs, h: Int32):
     """(slope, shift) for `factor`, of a head."""
     a = Float32(0.0)
     if const_expr(form.kind != "log"):
-        if A_log != 0:
-            a = fragments.global_f32(A_log, Int64(h))
+        if inputs.A_log != 0:
+            a = fragments.global_f32(inputs.A_log, Int64(h))
     return slope_of(form, a)
 
 
@@ -111,7 +115,7 @@ def slope_of(form: cutlass.Constexpr, A_log: Float32):
 @cute.jit
 def of_chunk(
     form: cutlass.Constexpr, slope: Float32, bias_at: Int32, half: Int32, sStage: Int32, tables: Int32,
-    lower_bound: Float32, tokens: Int32, lane: Int32,
+    inputs: Inputs, tokens: Int32, lane: Int32,
 ):  # fmt: skip
     """64 channels of a chunk."""
     sG = sStage + form.tiles.at_g + half * form.tiles.kr_half
@@ -147,7 +151,7 @@ def of_chunk(
             sums = add_column(words, kk, lane, sums)
             cute.arch.sync_warp()
             store_column(words, kk, tile)
-    lam = log2_of_factor(form, lower_bound)
+    lam = log2_of_factor(form, inputs)
     for i in cutlass.range_constexpr(2):
         channel = lane % 4 * 16 + 8 * i + lane // 4
         at = sStage + form.tiles.at_t + half * ANCHORS + channel // 2 * 16 + channel % 2 * 4
@@ -226,12 +230,12 @@ def factor(form: cutlass.Constexpr, g: Float32, slope: Float32, bias: Float32) -
     return ptx.minimum(g * slope, Float32(G_MOST))
 
 
-def decay_of(form: cutlass.Constexpr, g: Float32, slope, bias: Float32, lower_bound: Float32) -> Float32:
+def decay_of(form: cutlass.Constexpr, g: Float32, slope, bias: Float32, inputs: Inputs) -> Float32:
     """exp of the log decay that the gate makes of g, in fp32, for decoding; slope: what `slope_of` returns."""
     slope, shift = slope
     if form.kind == "safe":
         x = ptx.rcp(1.0 + ptx.ex2((g + bias) * slope))
-        return ptx.ex2(x * lower_bound * LOG2_E)
+        return ptx.ex2(x * inputs.lower_bound * LOG2_E)
     if form.kind == "softplus":
         x = ptx.fma(g + bias, Float32(LOG2_E), shift)
         t = ptx.ex2(-ptx.absolute(x))
@@ -242,10 +246,10 @@ def decay_of(form: cutlass.Constexpr, g: Float32, slope, bias: Float32, lower_bo
     return ptx.ex2(g * LOG2_E)
 
 
-def log2_of_factor(form: cutlass.Constexpr, lower_bound: Float32) -> Float32:
+def log2_of_factor(form: cutlass.Constexpr, inputs: Inputs) -> Float32:
     """lam: the log2 decay is lam times the gate's factor."""
     if form.kind == "safe":
-        return lower_bound * (LOG2_E / SIGMOID_SCALE)
+        return inputs.lower_bound * (LOG2_E / SIGMOID_SCALE)
     return Float32(-1.0 / G_SCALE)
 
 

@@ -33,13 +33,13 @@ def token_by_token(
     all rows, in shared memory. Where squares overflow, those of smaller numbers are taken.
     """
     mQ, mK, mG, mV = inputs
-    beta, A_log, dt_bias, flags = numbers.beta, numbers.A_log, numbers.dt_bias, numbers.flags
-    scale, lower_bound = numbers.scale, numbers.lower_bound
+    beta, dt_bias, scale, flags = numbers.beta, numbers.dt_bias, numbers.scale, numbers.flags
+    gate_inputs = gate.Inputs.of(numbers)
     K, h, b, thread = pipe.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
     H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
     h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32
     row, col = (pipe.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
-    slope, shift = gate.slope_of_head(pipe.form, A_log, h)
+    slope, shift = gate.slope_of_head(pipe.form, gate_inputs, h)
     bias = Float32(0.0)
     if (dt_bias != 0) & (thread < K):
         bias = fragments.global_f32(dt_bias, Int64(h * K + thread))
@@ -63,7 +63,7 @@ def token_by_token(
         if thread < K:
             k, q = Float32(mK[t, thread, h_qk, b]), Float32(mQ[t, thread, h_qk, b])
             a = gate.factor(pipe.form, Float32(mG[t, thread, h, b]), slope, bias)
-            a = a * gate.log2_of_factor(pipe.form, lower_bound)
+            a = a * gate.log2_of_factor(pipe.form, gate_inputs)
             ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
             ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
             ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)

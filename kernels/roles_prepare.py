@@ -22,19 +22,18 @@ def gates(pipe: cutlass.Constexpr, half: Int32, shared: Shared, inputs: gate.Inp
     The log2 decay is lam times the factor, whose relative error in fp16 is 2^-11 at most: 2^G errs by 2^-11 / e.
     """
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
-    A_log, dt_bias, lower_bound = inputs
     lane = cute.arch.lane_idx()
     bias_at = shared.bias + half * 256
     stage, phase = Int32(0), Int32(0)
     for nth in cutlass.range(work.count(), unroll=1):
         piece = work.piece(nth)
         tokens, h = piece.tokens, piece.h
-        slope = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane)
+        slope = gate.parameters(pipe.form, inputs, h, half, bias_at, lane)
         for c in cutlass.range(cute.ceil_div(tokens, C), unroll=1):
             sStage = ring + stage * pipe.tiles.size
             barriers.wait(bars.raw_full + stage, phase, lane)
             gate.of_chunk(
-                pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, tokens - c * C,
+                pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, inputs, tokens - c * C,
                 lane,
             )  # fmt: skip
             cute.arch.mbarrier_arrive(bars.gated + stage)
@@ -49,12 +48,11 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
     the chunk's end.
     """
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
-    A_log, dt_bias, lower_bound = inputs
     pairs, blocks, rank = pipe.pairs, pipe.blocks, pipe.rank()
     pair, half, bias_at = warp // 2, warp % 2, shared.bias + warp * 256
     lane = cute.arch.lane_idx()
     row = lane // 4
-    lam = gate.log2_of_factor(pipe.form, lower_bound)
+    lam = gate.log2_of_factor(pipe.form, inputs)
     triangle_at = shared.triangle + (Int32(lane % 4 * 2 <= row) + Int32(lane % 4 * 2 < row)) * 16
     tile = fragments.tile_at(Int32(0), lane)
 
@@ -66,7 +64,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
         slope = Float32(0.0)
         if const_expr(pipe.gate_warps == 0):
             if first < end:
-                slope = gate.parameters(pipe.form, A_log, dt_bias, h, half, bias_at, lane)
+                slope = gate.parameters(pipe.form, inputs, h, half, bias_at, lane)
         tokens += n * C  # from the block's first chunk on, as c
         for c in cutlass.range(first, end, blocks * pairs, unroll=1):
             own = c // blocks
@@ -78,9 +76,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
             if left < C:
                 chunk.clear_tail(pipe, lane, half, left, sStage)
             if const_expr(pipe.gate_warps == 0):
-                gate.of_chunk(
-                    pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, lower_bound, left, lane
-                )
+                gate.of_chunk(pipe.form, slope, bias_at, half, sStage, sTables + stage * TABLES, inputs, left, lane)
             else:
                 barriers.wait(bars.gated + stage, pipeline.own_phase(pipe, own), lane)
             cute.arch.sync_warp()

@@ -97,7 +97,7 @@ def run(
         with on_the_cpu(roles, Warp(warp)):
             chunk.lower_triangle(TRIANGLE, 1, np.int64(lane))
     with on_the_cpu(roles, warp):
-        lam = gates.log2_of_factor(form, f32(lower_bound))
+        lam = gates.log2_of_factor(form, gates.Inputs(0, 0, f32(lower_bound), 0))
         row, col = LANES // 4, LANES % 4 * 2
         triangle = warp.lds_u32x4(TRIANGLE + 16 * ((col <= row).astype(int) + (col < row)))
         tile, sums = fragments.tile_at(0, LANES), []
@@ -107,7 +107,9 @@ def run(
             warp.memory[BIAS : BIAS + 256] = np.asarray(biases, f32).view(np.uint8)
             if tokens < C:
                 chunk.clear_tail(pipe, LANES, half, tokens, STAGE)
-            gates.of_chunk(form, slope, BIAS, half, STAGE, TABLE, f32(lower_bound), tokens, LANES)
+            gates.of_chunk(
+                form, slope, BIAS, half, STAGE, TABLE, gates.Inputs(0, 0, f32(lower_bound), 0), tokens, LANES
+            )
             acc: list[Any] = [np.zeros(32, f32) for _ in range(64)]
             tile_kq = STAGE + half * tiles.k_half + tile
             tile_kr = STAGE + tiles.at_g + half * tiles.kr_half + tile
