@@ -51,6 +51,7 @@ class Call(NamedTuple):
 ARGUMENTS = Call._fields[: Call._fields.index("out")]
 WRITTEN = ("out", "final_state", "token_states")
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+NUMBERS = tuple(name for name, kind in Call.__annotations__.items() if "float" in str(kind))
 TENSORS = tuple(name for name, kind in Call.__annotations__.items() if "Tensor" in str(kind))
 
 # Scalar: a float would have to be known when a call is compiled, which that of .item() is not.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import contract, devices, known_calls, memory, transforms
-from .call import TENSORS, Call
+from .call import NUMBERS, TENSORS, Call
 
 Results = tuple[Tensor, Tensor | None]
 
@@ -31,6 +31,8 @@ def run(call: Call, as_operator: Callable[[Call], Results] | None = None) -> Res
         call = Call(**plain)
         with torch._C.DisableTorchFunctionSubclass():
             return known_calls.run(call) or run(call, as_operator)
+    for name in NUMBERS:
+        contract.check_number(name, named[name])
     q, k, v = autocast(call.q, call.k, call.v)
     sizes = contract.check_named({**named, "q": q, "k": k, "v": v})
     call = call._replace(q=q, k=k, v=v, scale=contract.check_scale(call.scale, sizes.K))

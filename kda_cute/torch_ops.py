@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import contract, dispatch, gradients, known_calls, transforms
-from .call import ARGUMENTS, DIFFERENTIABLE, SCHEMA, Call
+from .call import ARGUMENTS, DIFFERENTIABLE, NUMBERS, SCHEMA, Call
 from .contract import Sizes
 from .dispatch import Results
 
@@ -128,7 +128,7 @@ chunk_kda_backward.register_autograd(_backward_of_backward)
 def traced(given: tuple[Any, ...]) -> Results:
     """A call, the fields of a Call, as one operator."""
     call = dict(zip(Call._fields, given, strict=True))
-    for name in ("scale", "lower_bound"):  # operators know nothing of numpy's numbers
+    for name in NUMBERS:  # operators know nothing of numpy's
         if call[name] is not None and not isinstance(call[name], torch.SymFloat):
             contract.check_number(name, call[name])
             call[name] = float(call[name])
