@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -128,6 +129,28 @@ def test_the_api_page_has_all_functions_and_arguments(function: str) -> None:
     for parameter in inspect.signature(getattr(kda_cute, function)).parameters.values():
         if parameter.kind is not parameter.VAR_KEYWORD:
             assert re.search(rf"\b{parameter.name}\b", API), f"{function}: {parameter.name}"
+
+
+def test_the_kernels_have_what_their_pages_name() -> None:
+    """`module.name` of kernels/, in pages that say what is: those of experiments tell of what was."""
+    modules = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "kernels").glob("*.py")}
+    has = {
+        module: {
+            getattr(node, "name", None) or getattr(node, "id", None)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Name))
+        }
+        for module, tree in modules.items()
+    }
+    looked_at = 0
+    for page in PAGES:
+        if page.parent.name != "kernel" or page.stem.startswith("experiments"):
+            continue
+        for module, thing in re.findall(r"`(\w+)\.(\w+)[`(]", page.read_text()):
+            if module in has and thing != "py":
+                looked_at += 1
+                assert thing in has[module], f"{name(page)}: {module}.{thing}"
+    assert looked_at > 50
 
 
 def test_the_api_page_has_all_environment_variables() -> None:
