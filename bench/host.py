@@ -17,69 +17,44 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-ONE = '''
-import json, sys, time, statistics, importlib, torch
-import kda_cute
-from kda_cute import chunk_kda, fused_recurrent_kda, jit, ops
-torch.set_num_threads(1)
+ONE = """
+import importlib, json, sys
+tree, root = sys.argv[1:]
+sys.path.insert(0, tree)
+import torch
+import kda_cute.ops
+from kda_cute import jit
+sys.path.insert(0, root)  # measured by one and the same bench
+from bench.cases import Case, make_inputs
+from bench.impls import IMPLS
+from bench.timing import host_time
+
 gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-device = "cuda" if gpu else "cpu"
 if not gpu:
+    torch.set_num_threads(1)
+    torch.cuda.synchronize = lambda: None
     jit.load = lambda config: lambda *given: None
     try:
         hopper = importlib.import_module("kda_cute.backends.hopper")
-        devices = importlib.import_module("kda_cute.devices")
-        devices.backend_of = lambda q, backend: hopper
-    except ImportError:
+        importlib.import_module("kda_cute.devices").backend_of = lambda q, backend: hopper
+    except ImportError:  # before there were backends
         hopper = importlib.import_module("kda_cute.sm90")
-        ops._takes_reference = lambda q, backend: False
+        kda_cute.ops._takes_reference = lambda q, backend: False
     hopper.sm_count = hopper._sm_count = lambda device: 132
     hopper.workspace_bytes = lambda *given: 0
     hopper.current_device = torch._C._cuda_getDevice = lambda: -1
 
-
-def arguments(T, N, H):
-    D, bf16 = 128, {"device": device, "dtype": torch.bfloat16}
-    q, k, v, g = (torch.randn(1, T, H, D, **bf16) for _ in range(4))
-    state = torch.randn(N, H, D, D, device=device)
-    given = dict(
-        q=q, k=k, v=v, g=g, beta=torch.randn(1, T, H, **bf16), A_log=torch.rand(H, device=device),
-        dt_bias=torch.rand(H, D, device=device), initial_state=state, final_state=torch.empty_like(state),
-        out=torch.empty_like(v), use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-        use_beta_sigmoid_in_kernel=True, lower_bound=-5.0, state_v_first=True,
-    )
-    if N > 1:
-        given["cu_seqlens"] = torch.arange(N + 1, device=device) * (T // N)
-    return given
-
-
-def median_us(call, calls=30, repeats=60):
-    """The least of short runs' medians: what other work adds is not the call's."""
-    medians = []
-    for _ in range(repeats):
-        if gpu:
-            torch.cuda.synchronize()
-        spent = []
-        for _ in range(calls):
-            start = time.perf_counter_ns()
-            call()
-            spent.append(time.perf_counter_ns() - start)
-        medians.append(statistics.median(spent) / 1e3)
-    return min(medians)
-
-
-found = {}
-for name, function, given in (
-    ("decode, 16 x 1, H = 32", fused_recurrent_kda, arguments(16, 16, 32)),
-    ("prefill, 2048, H = 12", chunk_kda, arguments(2048, 1, 12)),
-):
-    for _ in range(5):
-        function(**given)
-    found[name] = median_us(lambda: function(**given))
+device, found = "cuda" if gpu else "cpu", {}
 buffer = torch.zeros(16, device=device)
-found["torch's add_"] = median_us(lambda: buffer.add_(1))
+calls = {"torch's add_": lambda: buffer.add_(1)}
+for case in (Case((1,) * 16, 32, recurrent=True), Case((2048,), 12)):
+    calls[case.name] = IMPLS["kda-cute"].make(make_inputs(case, device=device))
+for name, call in calls.items():
+    for _ in range(5):
+        call()
+    found[name] = host_time(call, calls=30, repeats=60)
 print(json.dumps([kda_cute.__file__, found]))
-'''
+"""
 
 
 def main() -> None:
@@ -91,10 +66,8 @@ def main() -> None:
     times: dict[Path, dict[str, list[float]]] = {tree: {} for tree in trees}
     for _ in range(options.rounds):
         for tree in random.sample(trees, len(trees)):
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])}
-            done = subprocess.run(
-                [sys.executable, "-c", ONE], cwd=tree, env=environment, capture_output=True, text=True
-            )
+            command = [sys.executable, "-c", ONE, str(tree), str(ROOT)]
+            done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{tree}: {done.stderr}")
             place, found = json.loads(done.stdout.splitlines()[-1])

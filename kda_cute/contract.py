@@ -347,7 +347,7 @@ def check_fla_kwargs(kwargs: dict[str, Any], state_v_first: bool, function: str 
 
 def check_number(name: str, x: Any) -> None:
     # A tensor has __float__ too, at the price of a synchronisation that nobody asked for.
-    if x is None or type(x) is float or isinstance(x, torch.SymFloat):
+    if type(x) is float or isinstance(x, torch.SymFloat):
         return
     convertible = torch.compiler.is_compiling() or hasattr(x, "__float__")  # which torch.compile cannot ask a number
     if isinstance(x, (torch.Tensor, str)) or not convertible:

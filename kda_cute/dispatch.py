@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import contract, devices, known_calls, memory, transforms
-from .call import NUMBERS, TENSORS, Call
+from .call import TENSORS, Call
 
 Results = tuple[Tensor, Tensor | None]
 
@@ -31,32 +31,31 @@ def run(call: Call, as_operator: Callable[[Call], Results] | None = None) -> Res
         call = Call(**plain)
         with torch._C.DisableTorchFunctionSubclass():
             return known_calls.run(call) or run(call, as_operator)
-    for name in NUMBERS:
-        contract.check_number(name, named[name])
     q, k, v = autocast(call.q, call.k, call.v)
     sizes = contract.check_named({**named, "q": q, "k": k, "v": v})
     call = call._replace(q=q, k=k, v=v, scale=contract.check_scale(call.scale, sizes.K))
+    fields = call._asdict()
     if call.token_states is not None:
         contract.check_token_states(call.token_states, q, sizes, call.state_v_first)
     backend = devices.backend_of(q, call.backend)
     if (why_not := backend.why_not(call, sizes)) is not None:
         raise NotImplementedError(f'{why_not} on the GPU; backend="reference" serves it, slowly')
     if not backend.OF_TORCH:
-        transforms.refuse(call)
-        if as_operator is not None and any(transforms.is_of_functorch(getattr(call, name)) for name in TENSORS):
+        transforms.refuse(fields)
+        if as_operator is not None and any(transforms.is_of_functorch(fields[name]) for name in TENSORS):
             if call.recurrent or not (call.out is call.final_state is call.checkpoints is None):
                 raise NotImplementedError(
                     "out, final_state, state_indices and checkpoint_interval must be None under torch.vmap, which does "
                     'not serve fused_recurrent_kda: B is for many sequences, backend="reference" works here, slowly'
                 )
             return as_operator(call)  # torch calls it for one after the other
-    if transforms.wants_grad(call):
+    if transforms.wants_grad(fields):
         if call.out is not None or call.final_state is not None:
-            transforms.refuse_outputs(call)
+            transforms.refuse_outputs(fields)
         if call.recurrent:
-            transforms.refuse_grad(call, transforms.NO_GRADIENT)
+            transforms.refuse_grad(fields, transforms.NO_GRADIENT)
         if call.checkpoints is not None:
-            transforms.refuse_grad(call, "must not with checkpoints, which have no gradient; torch.no_grad() says so")
+            transforms.refuse_grad(fields, "must not with checkpoints, which have no gradient; torch.no_grad() says so")
         if not backend.OF_TORCH and as_operator is not None:
             return as_operator(call)
 

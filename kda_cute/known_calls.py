@@ -41,7 +41,6 @@ known: dict[tuple[Any, ...], Known | None] = {}  # None after one such call: one
 # By names of one part: each further one is a look-up in every call.
 _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _increment_version, _empty, _fp32 = memory.increment_version, torch.empty, torch.float32
-_known_key = key
 _V, _OUT, _FINAL_STATE = (Call._fields.index(name) for name in ("v", "out", "final_state"))
 
 
@@ -52,7 +51,7 @@ def mode() -> int:
 def run(call: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """o and the final state of a call whose kind is known, else None. call: the fields of a Call."""
     try:
-        found = known.get(_known_key(call, _grad() or -_inference()))
+        found = known.get(key(call, _grad() or -_inference()))
     except Exception:  # q is no tensor, scale has no hash ...: the checks say what is wrong
         return None
     if found is None or contract.CHECK_VALUES or forward_ad._current_level >= 0:

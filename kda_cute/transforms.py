@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import contract
-from .call import DIFFERENTIABLE, TENSORS, Call
+from .call import DIFFERENTIABLE, TENSORS
 
 NO_GRADIENT = "fused_recurrent_kda has no backward; chunk_kda has one, torch.no_grad() says that none is needed"
 NO_FORWARD_MODE = (
@@ -27,26 +27,24 @@ NO_SECOND = (
 )
 
 
-def wants_grad(call: Call | Mapping[str, Any]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(x is not None and x.requires_grad for x in _of(call, DIFFERENTIABLE).values())
+def wants_grad(call: Mapping[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in map(call.get, DIFFERENTIABLE))
 
 
-def refuse_grad(call: Call | Mapping[str, Any], why: str) -> NoReturn:
-    contract.refuse_grad(why, **_of(call, DIFFERENTIABLE))
+def refuse_grad(call: Mapping[str, Any], why: str) -> NoReturn:
+    contract.refuse_grad(why, **{name: call[name] for name in DIFFERENTIABLE})
 
 
-def refuse_outputs(call: Call | Mapping[str, Any]) -> NoReturn:
+def refuse_outputs(call: Mapping[str, Any]) -> NoReturn:
     refuse_grad(
         call, "out, final_state and state_indices must be None, autograd cannot follow a write into what is there"
     )
 
 
-def refuse(call: Call | Mapping[str, Any]) -> None:
+def refuse(call: Mapping[str, Any]) -> None:
     """Of torch.func and forward_ad, what kernels and operators do not have."""
     if forward_ad._current_level >= 0:
-        tensors = [x for x in _of(call, TENSORS).values() if isinstance(x, Tensor)]
+        tensors = [x for x in map(call.get, TENSORS) if isinstance(x, Tensor)]
         if torch.compiler.is_compiling() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(NO_FORWARD_MODE)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and wants_grad(call):
@@ -62,9 +60,3 @@ def refuse_forward_mode() -> None:
 def is_of_functorch(x: Any) -> bool:
     """Whether x is a tensor that torch.func has wrapped, which has no memory of its own."""
     return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def _of(call: Call | Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    if isinstance(call, Call):
-        return {name: getattr(call, name) for name in names}
-    return {name: call.get(name) for name in names}

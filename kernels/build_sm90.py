@@ -310,10 +310,7 @@ class KdaBuildSm90:
             for _ in cutlass.range(segment.tokens // C, unroll=1):
                 stage, phase, is_own, prepared, inverted = pipeline.made(pipe, bars, n)
                 cute.arch.mbarrier_wait(prepared, phase)
-                fragments.to_operand(acc_s, fS)
-                warpgroup.fence()
-                fragments.gemm(mma_k, acc_r, fS, bK[None, None, None, stage], True)
-                warpgroup.commit_group()
+                update.begin_product(mma_k, acc_r, acc_s, fS, bK[None, None, None, stage])
                 norm_at = sTables + stage * TABLES + NORM + col * 4
                 decay_at = sTables + stage * TABLES + DECAY + col * 4
                 cute.arch.mbarrier_wait(inverted, phase)

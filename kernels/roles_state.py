@@ -87,11 +87,7 @@ def state(
                     )
             stage, phase, is_own, prepared, inverted = pipeline.made(pipe, bars, n)
             cute.arch.mbarrier_wait(prepared, phase)
-            fragments.to_operand(acc_s, fS)
-            # [Kd S^T | Qd S^T]^T
-            warpgroup.fence()
-            fragments.gemm(mma_ks, acc_ro, fS, bKQ[None, None, None, stage], True)
-            warpgroup.commit_group()
+            update.begin_product(mma_ks, acc_ro, acc_s, fS, bKQ[None, None, None, stage])  # [Kd S^T | Qd S^T]^T
             norm_at = sTables + stage * TABLES + NORM + col * 4
             decay_at = sTables + stage * TABLES + DECAY + col * 4
             if (fate & Fate.WARM_UP) != 0:

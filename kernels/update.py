@@ -19,6 +19,14 @@ from . import fragments, ptx
 from .layout import C
 
 
+def begin_product(mma: cute.TiledMma, acc: cute.Tensor, acc_s: cute.Tensor, fS: cute.Tensor, b: cute.Tensor) -> None:
+    """Asks for (b S^T)^T in acc, b: Kd, or Kd above Qd. fS: S, bf16."""
+    fragments.to_operand(acc_s, fS)
+    warpgroup.fence()
+    fragments.gemm(mma, acc, fS, b, True)
+    warpgroup.commit_group()
+
+
 def residual(pipe: cutlass.Constexpr, acc: cute.Tensor, v_at: Int32, norm_at: Int32, mask: Uint32 | None = None):
     """R^T [64, 32], fp32, times beta if T is bare. acc: (Kd S^T)^T in the first columns. v_at: a lane's address for
     ldmatrix, of v. mask: of the bits of v."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import contract, jit, memory
-from ..call import WRITTEN, Call
+from ..call import Call
 from ..contract import Sizes
 from ..kernels.config import (
     BETA_BF16,
@@ -101,7 +101,7 @@ def run(call: Call, sizes: Sizes) -> tuple[Tensor, Tensor | None, Any]:
         call = call._replace(recurrent=True, token_states=None, checkpoints=None)
 
     launch = prepare(call._replace(final_state=final_state), sizes)
-    memory.increment_version([x for x in map(given._asdict().get, WRITTEN) if x is not None])
+    memory.increment_version([x for x in (given.out, given.final_state, given.token_states) if x is not None])
     taken = call._replace(
         q=_by_tma("q", call.q), k=_by_tma("k", call.k), v=_by_tma("v", call.v), g=_by_tma("g", call.g),
         beta=_contiguous("beta", call.beta), A_log=_parameter(call.A_log), dt_bias=_parameter(call.dt_bias),
