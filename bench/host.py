@@ -41,8 +41,10 @@ if not gpu:
         hopper = importlib.import_module("kda_cute.sm90")
         kda_cute.ops._takes_reference = lambda q, backend: False
     hopper.sm_count = hopper._sm_count = lambda device: 132
-    hopper.workspace_bytes = lambda *given: 0
+    hopper.workspace_bytes = lambda *given: 1 << 20
     hopper.current_device = torch._C._cuda_getDevice = lambda: -1
+    hopper.current_stream = torch._C._cuda_getCurrentRawStream = lambda device: 0
+    hopper.torch = type("torch", (), dict(vars(torch), device=lambda *given: "cpu"))
 
 device, found = "cuda" if gpu else "cpu", {}
 buffer = torch.zeros(16, device=device)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64
@@ -17,7 +15,8 @@ TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 
 
 class Numbers(NamedTuple):
-    """What the forward kernel and its roles are given besides tensors. An address is 0 where there is nothing."""
+    """What the forward kernel and its roles are given besides tensors, in the order of a launch. An address is 0 where
+    there is nothing."""
 
     beta: Int64  # [B, T, H] bf16, fp16 or fp32; H is that of values
     A_log: Int64  # [H] fp32
@@ -31,18 +30,16 @@ class Numbers(NamedTuple):
     every: Int32
     cu_seqlens: Int64  # [N + 1] int32 or int64
     workspace: Int64  # workspace_bytes of memory, without which no item is cut
-    items: Int32
-    most_workers: Int32
+    items: Int32  # sequences times H
+    workers: Int32  # as many blocks, or clusters, as there are at most
     scale: Float32
     lower_bound: Float32
     flags: Int32
 
 
-def zeros(function: Callable) -> list[Int64 | Int32 | Float32]:
-    """A number for each parameter that is one: to compile for all."""
-    kinds = {"Int64": Int64, "Int32": Int32, "Float32": Float32}
-    annotations = [str(x.annotation) for x in inspect.signature(function).parameters.values()]
-    return [kinds[kind](0) for kind in annotations if kind in kinds]
+def zeros(taker: Any) -> list[Int64 | Int32 | Float32]:
+    """A number for each field, or parameter, that is one: to compile for all."""
+    return [kind(0) for kind in get_type_hints(taker).values() if kind in (Int64, Int32, Float32)]
 
 
 def fake_tensors(config, names: str):

@@ -99,18 +99,17 @@ class KdaBuildSm90:
         state_indices: Int64,
         cu_seqlens: Int64,
         workspace: Int64,
-        N: Int32,
         P: Int32,
+        items: Int32,
+        workers: Int32,
         lower_bound: Float32,
         flags: Int32,
-        workers: Int32,
         stream: cuda.CUstream,
     ):
         load, g_cols = cpasync.CopyBulkTensorTileG2SOp(), D // self.pipe.g_boxes
         mK, mV, mG = by_token((mK, mV, mG))
         k_tma, v_tma = [tma(load, m, BFloat16, 64) for m in (mK, mV)]
         g_tma = tma(load, mG, self.pipe.g_type, g_cols)
-        items = N * cute.size(mG.shape[2])
         self.build(
             k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], mG, beta, A_log, dt_bias, cu_seqlens, workspace,
             items, workers, lower_bound, flags, tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),

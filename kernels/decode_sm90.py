@@ -13,7 +13,8 @@ norms of q and k multiply these sums. Reading and writing the state is all that 
 
 from __future__ import annotations
 
-import cuda.bindings.driver as cuda
+from typing import Any, NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
@@ -26,8 +27,27 @@ from .config import FINAL, INITIAL, L2NORM, TOKEN_STATES, KdaDecodeConfig
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
 TOKENS = 8  # at a time
+AT_ONCE = 2  # tokens whose decays do not wait for one another
 SUMS = 1024  # bytes: S k and S q of the rows, from each warp's channels
 NUMBERS = 16  # bytes: of a token what q and k are multiplied with, q k, beta
+
+
+class Numbers(NamedTuple):
+    """What the kernel is given besides tensors, in the order of a launch. An address is 0 where there is nothing."""
+
+    beta: Int64  # [B, T, HV] bf16, fp16 or fp32
+    A_log: Int64  # [HV] fp32
+    dt_bias: Int64  # [HV, K] fp32
+    initial_state: Int64  # [N or P, HV, V, K] or [.., K, V], bf16 or fp32
+    final_state: Int64
+    state_indices: Int64  # [N] int32, as in arguments.Numbers
+    P: Int32
+    token_states: Int64  # [B, T, HV, ...] bf16 or fp32: the state after each token
+    cu_seqlens: Int64  # [N + 1] int32 or int64
+    N: Int32
+    scale: Float32
+    lower_bound: Float32
+    flags: Int32
 
 
 class KdaDecodeSm90:
@@ -47,29 +67,14 @@ class KdaDecodeSm90:
         mV: cute.Tensor,  # [B, T, HV, V]
         mG: cute.Tensor,
         mO: cute.Tensor,
-        beta: Int64,  # addresses: [B, T, HV]
-        A_log: Int64,  # [HV] fp32 or 0
-        dt_bias: Int64,  # [HV, K] fp32 or 0
-        initial_state: Int64,  # [N or P, HV, V, K] or [.., K, V], bf16 or fp32, or 0
-        final_state: Int64,  # the same, or 0
-        state_indices: Int64,  # [N] int32 or 0: see KdaFwdSm90
-        token_states: Int64,  # [B, T, HV, ...] bf16 or fp32, or 0: the state after each token
-        cu_seqlens: Int64,  # [N + 1] int32 or int64, or 0
-        N: Int32,
-        P: Int32,
-        scale: Float32,
-        lower_bound: Float32,
-        flags: Int32,
-        stream: cuda.CUstream,
+        *rest: Any,  # Numbers, one by one, and the stream
     ):
+        numbers, stream = Numbers(*rest[:-1]), rest[-1]
         H = cute.size(mV.shape[2])
         group = H // cute.size(mQ.shape[2])
-        sequences = cutlass.min(N, 65535)  # in a column of the grid
-        self.kernel(
-            mQ, mK, mV, mG, mO, beta, A_log, dt_bias, initial_state, final_state, state_indices, token_states,
-            cu_seqlens, N, P, (Int64(1 << 31) + group - 1) // group, scale, lower_bound, flags,
-        ).launch(
-            grid=[H * (self.config.V // ROWS), sequences, cute.ceil_div(N, sequences)], block=[128, 1, 1],
+        sequences = cutlass.min(numbers.N, 65535)  # in a column of the grid
+        self.kernel(mQ, mK, mV, mG, mO, numbers, (Int64(1 << 31) + group - 1) // group).launch(
+            grid=[H * (self.config.V // ROWS), sequences, cute.ceil_div(numbers.N, sequences)], block=[128, 1, 1],
             stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=75,
         )  # fmt: skip
 
@@ -77,11 +82,10 @@ class KdaDecodeSm90:
     def kernel(
         self,
         mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mG: cute.Tensor, mO: cute.Tensor,
-        beta: Int64, A_log: Int64, dt_bias: Int64, initial_state: Int64, final_state: Int64, state_indices: Int64,
-        token_states: Int64, cu_seqlens: Int64, N: Int32, P: Int32, of_group: Int64, scale: Float32,
-        lower_bound: Float32, flags: Int32,
+        numbers: Numbers, of_group: Int64,
     ):  # fmt: skip
         K, V = self.config.K, self.config.V
+        N, cu_seqlens, token_states, flags = numbers.N, numbers.cu_seqlens, numbers.token_states, numbers.flags
         smem = SmemAllocator()
 
         def table(size):
@@ -100,7 +104,7 @@ class KdaDecodeSm90:
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
         T, H, h_k = cute.size(mV.shape[1]), cute.size(mV.shape[2]), Int32(Int64(h) * of_group >> 31)
         start, tokens, b = schedule.sequence(cutlass.min(n, N - 1), cu_seqlens, flags, T)
-        place = state_io.pooled(cutlass.min(n, N - 1), Int32(1), state_indices, P)
+        place = state_io.pooled(cutlass.min(n, N - 1), Int32(1), numbers.state_indices, numbers.P)
         if n >= N:
             tokens, place = Int32(0), Int32(-1)
         kept, place = place >= 0, Int64(place) * H + h
@@ -111,14 +115,14 @@ class KdaDecodeSm90:
         inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
         self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
         beta_at = (Int64(b) * T + start) * H + h
-        raw_beta = scalars.load_beta(beta, beta_at, H, lane * 4 + warp, left, flags)
-        gate_inputs = gate.Inputs(A_log, dt_bias, lower_bound, flags)
+        raw_beta = scalars.load_beta(numbers.beta, beta_at, H, lane * 4 + warp, left, flags)
+        gate_inputs = gate.Inputs.of(numbers)
         a_log, bias = self.gate_of(gate_inputs, h, thread % K)
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
             S[i] = Float32(0.0)
-        if (initial_state != 0) & kept:
-            self.move(S, initial_state, place, part, warp, lane, INITIAL, flags, True)
+        if (numbers.initial_state != 0) & kept:
+            self.move(S, numbers.initial_state, place, part, warp, lane, INITIAL, flags, True)
 
         for t in cutlass.range(0, tokens, unroll=1):
             if t % TOKENS == 0:
@@ -129,12 +133,14 @@ class KdaDecodeSm90:
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.sync_threads()
                 self.put(raw, tables, left, slope, ptx.as_f32(bias), gate_inputs, thread)
-                self.put_queries(raw, tables, left, scale, beta_t, flags, warp, lane)
+                self.put_queries(raw, tables, left, numbers.scale, beta_t, flags, warp, lane)
                 cute.arch.sync_threads()
                 if left < tokens - t:
                     left = cutlass.min(tokens - t - TOKENS, TOKENS)
                     self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
-                    raw_beta = scalars.load_beta(beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags)
+                    raw_beta = scalars.load_beta(
+                        numbers.beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags
+                    )
             j, o = t % TOKENS, mO[b, start + t, h, None]
             if const_expr(self.config.state_v_first):
                 self.step(S, tables, j, o, part * ROWS, warp * WARP_ROWS, lane)
@@ -145,8 +151,8 @@ class KdaDecodeSm90:
             if token_states != 0:
                 after = (Int64(b) * T + start + t) * H + h
                 self.move(S, token_states, after, part, warp, lane, TOKEN_STATES, flags, False)
-        if (final_state != 0) & kept:
-            self.move(S, final_state, place, part, warp, lane, FINAL, flags, False)
+        if (numbers.final_state != 0) & kept:
+            self.move(S, numbers.final_state, place, part, warp, lane, FINAL, flags, False)
         rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
         if (cu_seqlens != 0) & (n < N):
             rest, decreasing = schedule.rest_of(cuts, T, flags)
@@ -212,63 +218,64 @@ class KdaDecodeSm90:
         for j in cutlass.range(thread // ROWS, left, 128 // ROWS, unroll=1):
             ptx.sts_f32(tables[3] + (j * ROWS + thread % ROWS) * 4, raw[3][j, thread % ROWS].to(Float32))
         if thread < self.config.K:
-            for j in cutlass.range(left, unroll=1):
-                decay = gate.decay_of(self.form, raw[2][j, thread].to(Float32), slope, bias, inputs)
-                ptx.sts_f32(tables[2] + (j * self.config.K + thread) * 4, decay)
+            for j in cutlass.range(0, left, AT_ONCE, unroll=1):  # maybe of tokens behind the last one too
+                g = [raw[2][j + i, thread].to(Float32) for i in range(AT_ONCE)]
+                for i in cutlass.range_constexpr(AT_ONCE):
+                    decay = gate.decay_of(self.form, g[i], slope, bias, inputs)
+                    ptx.sts_f32(tables[2] + ((j + i) * self.config.K + thread) * 4, decay)
 
     @cute.jit
     def put_queries(
         self, raw, tables, left: Int32, scale: Float32, beta: Float32, flags: Int32, warp: Int32, lane: Int32
     ):  # fmt: skip
-        """q and k of every fourth token, and from lanes 0 to 3 what they are multiplied with, q k and beta. Where
-        squares may overflow, q and k are made smaller by a power of two first."""
-        n = self.config.K // 32
-        qk = cute.make_rmem_tensor((2 * n,), Float32)  # neighbouring channels of q, then of k
-        for j in cutlass.range(warp, left, 4, unroll=1):
-            at = j * self.config.K + lane * n
+        """q and k of two tokens, half a warp each, and from its lanes 0 to 3 what they are multiplied with, q k and
+        beta. Where squares may overflow, q and k are made smaller by a power of two first."""
+        j, part = warp + lane // 16 * 4, lane % 16
+        qk = cute.make_rmem_tensor((self.config.K // 8,), Float32)  # q, then k
+        if warp < left:
+            n = self.config.K // 16
+            at = j * self.config.K + part * 4  # four neighbouring channels of each 64
             for i in cutlass.range_constexpr(2):
-                for e, x in enumerate(self.numbers(raw[i].iterator.toint() + at * 2, n)):
-                    qk[i * n + e] = x
+                for e in cutlass.range_constexpr(0, n, 4):
+                    words = ptx.lds_u32x2(raw[i].iterator.toint() + (at + e * 16) * 2)
+                    for f, x in enumerate(x for word in words for x in fragments.pair(word, self.config.dtype)):
+                        qk[i * n + e + f] = x
             x = self.products(qk, lane)
             down = Float32(1.0)
-            if cute.arch.vote_ballot_sync((lane < 2) & (not (x < scalars.USUAL))) != 0:
+            if cute.arch.vote_ballot_sync((part < 2) & (j < left) & (not (x < scalars.USUAL))) != 0:
                 down_q, down_k = self.power_below(qk, 0), self.power_below(qk, n)
                 for e in cutlass.range_constexpr(n):
                     qk[e] = qk[e] * down_q
                     qk[n + e] = qk[n + e] * down_k
                 x = self.products(qk, lane)
-                down = cutlass.select_(lane == 0, down_q, down_k)
+                down = cutlass.select_(part == 0, down_q, down_k)
             for i in cutlass.range_constexpr(2):
-                fragments.put_vector(tables[i] + at * 4, [qk[i * n + e] for e in range(n)])
-            norm = 1.0 / down
+                for e in cutlass.range_constexpr(0, n, 4):
+                    fragments.put_vector(tables[i] + (at + e * 16) * 4, [qk[i * n + e + f] for f in range(4)])
+            norm = ptx.rcp(down)
             if (flags & L2NORM) != 0:
                 norm = ptx.rsqrt(ptx.fma(down * down, Float32(scalars.EPS), x))
-            b = cute.arch.shuffle_sync(beta, j // 4)
-            if lane < 4:
-                x = cutlass.select_(lane < 2, norm * cutlass.select_(lane == 0, scale, Float32(1.0)), x)
-                ptx.sts_f32(tables[4] + j * NUMBERS + lane * 4, cutlass.select_(lane == 3, b, x))
-
-    def numbers(self, at: Int32, n: int):
-        """n neighbouring numbers of the inputs' type from shared memory."""
-        words = ptx.lds_u32x2(at) if n == 4 else (ptx.lds_u32(at),)
-        return [x for word in words for x in fragments.pair(word, self.config.dtype)]
+            b = cute.arch.shuffle_sync(beta, lane // 16)
+            if part < 4:
+                x = cutlass.select_(part < 2, norm * cutlass.select_(part == 0, scale, Float32(1.0)), x)
+                ptx.sts_f32(tables[4] + j * NUMBERS + part * 4, cutlass.select_(part == 3, b, x))
 
     def products(self, qk: cute.Tensor, lane: Int32):
-        """q q, k k or q k, whichever lane % 4 is."""
-        n = self.config.K // 32
+        """q q, k k or q k of half a warp's token, whichever lane % 4 is."""
+        n = self.config.K // 16
         sums = [Float32(0.0)] * 4
         for e in range(n):
             q, k = qk[e], qk[n + e]
             sums = [ptx.fma(q, q, sums[0]), ptx.fma(k, k, sums[1]), ptx.fma(q, k, sums[2]), sums[3]]
-        return fragments.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))[0]
+        return fragments.sum_to_lanes(sums, lane, (2, 1), (4, 8))[0]
 
     @cute.jit
     def power_below(self, qk: cute.Tensor, first: cutlass.Constexpr):
         """1, or 2^-80 if any of a token's numbers is beyond 2^50."""
         largest = Float32(0.0)
-        for i in cutlass.range_constexpr(self.config.K // 32):
+        for i in cutlass.range_constexpr(self.config.K // 16):
             largest = ptx.maximum(largest, ptx.absolute(qk[first + i]))
-        for i in cutlass.range_constexpr(5):
+        for i in cutlass.range_constexpr(4):
             largest = ptx.maximum(largest, cute.arch.shuffle_sync_bfly(largest, 1 << i))
         return cutlass.select_(largest > 2.0**50, Float32(2.0**-80), Float32(1.0))
 
@@ -378,7 +385,7 @@ def compile(config: KdaDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaDecodeSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(config, "qkvgo"), *zeros(KdaDecodeSm90.__call__),
+        kernel, *fake_tensors(config, "qkvgo"), *zeros(Numbers),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

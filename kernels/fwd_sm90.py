@@ -30,10 +30,11 @@ scale / |q_i| multiplies o_i.
 
 from __future__ import annotations
 
-import cuda.bindings.driver as cuda
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import BFloat16, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.memory import SmemAllocator
 
@@ -84,25 +85,9 @@ class KdaFwdSm90:
         mV: cute.Tensor,  # [B, T, HV, V]; from here on heads are those of values, and H is HV
         mG: cute.Tensor,
         mO: cute.Tensor,
-        beta: Int64,  # addresses, see Numbers
-        A_log: Int64,
-        dt_bias: Int64,
-        initial_state: Int64,
-        final_state: Int64,
-        state_indices: Int64,
-        checkpoints: Int64,
-        first_checkpoints: Int64,
-        cu_seqlens: Int64,
-        workspace: Int64,
-        N: Int32,
-        P: Int32,
-        every: Int32,
-        scale: Float32,
-        lower_bound: Float32,
-        flags: Int32,
-        max_blocks: Int32,
-        stream: cuda.CUstream,
+        *rest: Any,  # Numbers, one by one, and the stream
     ):
+        numbers, stream = Numbers(*rest[:-1]), rest[-1]
         load, store, g_cols = (
             cpasync.CopyBulkTensorTileG2SOp(),
             cpasync.CopyBulkTensorTileS2GOp(),
@@ -111,22 +96,17 @@ class KdaFwdSm90:
         mQ, mK, mV, mG, mO = by_token((mQ, mK, mV, mG, mO))
         q_tma, k_tma, v_tma = [tma(load, m, BFloat16, 64) for m in (mQ, mK, mV)]
         g_tma, o_tma = tma(load, mG, self.pipe.g_type, g_cols), tma(store, mO, BFloat16, 64)
-        items = N * cute.size(mO.shape[2])
-        workers = max_blocks // self.pipe.blocks
-        grid = workers * self.pipe.blocks
-        if workspace == 0:
-            grid = cutlass.min(items, workers) * self.pipe.blocks
+        blocks = numbers.workers
+        if numbers.workspace == 0:
+            blocks = cutlass.min(numbers.items, blocks)
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
             mQ, mK, mV, mG, mO,
-            Numbers(
-                beta, A_log, dt_bias, initial_state, final_state, state_indices, P, checkpoints, first_checkpoints,
-                every, cu_seqlens, workspace, items, workers, scale, lower_bound, flags,
-            ),
+            numbers,
             tiled_mma(2 * C, OperandMajorMode.K), tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
-            grid=[grid, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[self.pipe.blocks, 1, 1], stream=stream,
-            min_blocks_per_mp=1,
+            grid=[blocks * self.pipe.blocks, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[self.pipe.blocks, 1, 1],
+            stream=stream, min_blocks_per_mp=1,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ device side
@@ -235,7 +215,7 @@ def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaFwdSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(config, "qkvgo"), *zeros(KdaFwdSm90.__call__),
+        kernel, *fake_tensors(config, "qkvgo"), *zeros(Numbers),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -22,7 +22,7 @@ def load(pipe: cutlass.Constexpr, sources, shared: Shared, work: Listed, numbers
     """One warp: lists the pieces of work; TMA of q, k, v, g for each own chunk. Boxes past the last token of
     the tensor arrive as zeros."""
     bars, boxes = shared.bars, boxes_of(pipe, shared.ring)
-    workspace, most_workers, flags = numbers.workspace, numbers.most_workers, numbers.flags
+    workspace, most_workers, flags = numbers.workspace, numbers.workers, numbers.flags
     stage, phase, n = Int32(0), Int32(1), Int32(0)
     sPlan = work.plan
     segment, built = ptx.lds_i32(sPlan + AT_SEGMENT), Int32(0)

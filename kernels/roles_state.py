@@ -70,7 +70,7 @@ def state(
         start, tokens, h, b, fate = piece.start, piece.tokens, piece.h, piece.b, piece.fate
         kept = piece.skipped, piece.checkpoint, every, checkpoints
         chunks = cute.ceil_div(tokens, C)
-        place = numbers.workspace, numbers.most_workers, wg, thread
+        place = numbers.workspace, numbers.workers, wg, thread
         guessed, source = begin(pipe, acc_s, forget, piece, place, initial_state, work, wg, warp, lane, vs, flags)
         state_io.prefetch(pipe.config, initial_state, piece.next_nh, vs, flags)
         forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`

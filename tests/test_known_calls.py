@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import weakref
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import torch
 
 from kda_cute import contract, devices, jit, known_calls
 from kda_cute.backends import hopper
-from kda_cute.kernels.config import KdaFwdConfig
-from kda_cute.ops import chunk_kda, fwd
+from kda_cute.kernels import build_sm90, decode_sm90
+from kda_cute.kernels.arguments import Numbers
+from kda_cute.kernels.config import KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig
+from kda_cute.ops import chunk_kda, fused_recurrent_kda, fwd
 from tests.strategies import Case
 from tests.test_contract import BAD, LOG, NOT_SERVED, SOFTPLUS, arguments, bf16, fp32, fp64, on_gpu, zeros
 
@@ -95,7 +98,11 @@ def test_third_call_is_not_checked(make: Any, launches: list[Any], checks: list[
         assert o[i] is given[0] if given[0] is not None else o[i].shape == (1, T, H, D) and o[i].dtype == bf16
         assert launches[i][5] == (o[i].data_ptr(), o[i].stride())
         if kwargs.get("output_final_state"):
-            assert S[i].shape == (1, H, D, D) and S[i].dtype == fp32 and launches[i][10] == S[i].data_ptr()
+            assert (
+                S[i].shape == (1, H, D, D)
+                and S[i].dtype == fp32
+                and address(launches[i], "final_state") == S[i].data_ptr()
+            )
         else:
             assert S[i] is given[1]
     if given[0] is None:
@@ -248,14 +255,62 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     return flat.as_subclass(type(x))
 
 
-AT = dict(q=1, k=2, v=3, g=4, out=5, beta=6, A_log=7, dt_bias=8, initial_state=9, final_state=10, cu_seqlens=14)
+def by_name(launch: tuple[Any, ...]) -> dict[str, Any]:
+    """What a kernel was given; of tensors the address."""
+    config, *given = launch
+    tensors, names = ("q", "k", "v", "g", "out"), Numbers._fields
+    if isinstance(config, KdaDecodeConfig):
+        names = decode_sm90.Numbers._fields
+    elif isinstance(config, KdaBuildConfig):
+        tensors = ("k", "v", "g")
+        names = tuple(inspect.signature(build_sm90.KdaBuildSm90.__call__).parameters)[4:-1]
+    values = [x[0] for x in given[: len(tensors)]] + given[len(tensors) :]
+    return dict(zip((*tensors, *names), values, strict=True))
 
 
 def address(launch: tuple[Any, ...], name: str) -> int:
-    return launch[AT[name]][0] if isinstance(launch[AT[name]], tuple) else launch[AT[name]]
+    return by_name(launch)[name]
 
 
-@pytest.mark.parametrize("name", sorted(AT.keys() - {"beta", "cu_seqlens"}))
+class Kept(dict[Any, Any]):
+    """One workspace on the default stream, of any size."""
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        return [self["workspace"]]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "checkpoints", "maps", "decode"])
+def test_numbers_are_in_their_places(kernel: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = torch.zeros(1, dtype=torch.uint8)
+    monkeypatch.setattr(hopper, "current_stream", lambda device: 0)
+    monkeypatch.setattr(hopper, "kept_workspaces", Kept(workspace=workspace))
+    T, N = (8192, 1) if kernel == "maps" else (96, 2)
+    kwargs = arguments(Case(1, (T,) if N == 1 else (T - 7, 7), "int64" if N > 1 else None, H=H), scale=0.75)
+    pool = zeros(5, H, D, D, dtype=fp32)
+    kwargs.update(initial_state=pool, final_state=pool, state_indices=torch.arange(N, dtype=torch.int32))
+    kwargs.update(out=zeros(1, T, H, D), lower_bound=-2.5)
+    if kernel == "decode":
+        del kwargs["safe_gate"]
+        kwargs["token_states"] = zeros(1, T, H, D, D)
+        fused_recurrent_kda(**on_gpu(kwargs))
+    else:
+        chunk_kda(**on_gpu(kwargs), checkpoint_interval=64 if kernel == "checkpoints" else None)
+    expected = {name: x.data_ptr() for name, x in kwargs.items() if isinstance(x, torch.Tensor)}
+    expected.update(P=5, N=N, items=N * H, scale=0.75, lower_bound=-2.5, every=2 if kernel == "checkpoints" else 0)
+    assert len(launches) == (2 if kernel == "maps" else 1)
+    for launch in launches:
+        config, found = launch[0], by_name(launch)
+        expected["workers"] = 132 if isinstance(config, KdaBuildConfig) else 132 // getattr(config, "v_split", 1)
+        expected["workspace"] = workspace.data_ptr() if found.get("workspace") else 0
+        expected.setdefault("cu_seqlens", 0)
+        assert found.pop("flags") != 0
+        for name in ("checkpoints", "first_checkpoints"):
+            assert (found.pop(name, 0) != 0) == (kernel == "checkpoints")
+        assert found == {name: expected[name] for name in found}
+        assert found.get("workspace") or kernel != "maps"
+
+
+@pytest.mark.parametrize("name", sorted({*"qkvg", "out", "A_log", "dt_bias", "initial_state", "final_state"}))
 def test_odd_address(name: str, launches: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     kwargs = full(PACKED)
     make_known(kwargs, launches)
@@ -367,7 +422,7 @@ def test_fp64_parameters_are_converted_in_every_call(launches: list[Any]) -> Non
     make_known(kwargs, launches)
     for _ in range(3):
         chunk_kda(**{**kwargs, "A_log": kwargs["A_log"].to(fp64)})
-    assert all(x[7] != kwargs["A_log"].data_ptr() for x in launches)
+    assert all(address(x, "A_log") != kwargs["A_log"].data_ptr() for x in launches)
 
 
 def test_configuration_follows_the_call(launches: list[Any]) -> None:
@@ -388,7 +443,7 @@ def test_memory_is_bounded(launches: list[Any], monkeypatch: pytest.MonkeyPatch)
         for _ in range(2):
             chunk_kda(**full(FIXED, scale=scale))
         assert len(known_calls.known) <= 3
-    assert launches[-1][19] == 19
+    assert by_name(launches[-1])["scale"] == 19
 
 
 def test_no_tensor_is_kept(launches: list[Any]) -> None:

@@ -48,6 +48,7 @@ _launches = itertools.count()
 
 # Not torch.cuda's, which first sees to it that CUDA is there, as q's is.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # torch.cuda's makes an object
 
 _DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -57,26 +58,11 @@ def sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# Where blocks hand states on: by device and size, those that calls on the default stream keep, as kernels clear the
+# flags that they set. While one call has it no other finds it, because host threads may interleave their launches;
+# whoever takes it next launches behind them all. On other streams memory may come from the pool of a CUDA graph, which
+# must not outlive the call.
 kept_workspaces: dict[tuple[int, int], list[Tensor]] = {}
-
-
-def _workspace(device: int, size: int) -> tuple[Tensor, list[Tensor] | None]:
-    """Where blocks hand states on, and the list that it goes back to behind the last launch, if any.
-
-    Calls on the default stream keep theirs: kernels clear the flags that they set. While one call has it no other
-    finds it, because host threads may interleave their launches; whoever takes it next launches behind them all. On
-    other streams memory may come from the pool of a CUDA graph, which must not outlive the call.
-    """
-    if torch._C._cuda_getCurrentRawStream(device) != 0:  # current_stream makes an object; never 0 while capturing
-        return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device)), None
-    key = device, size
-    kept = kept_workspaces.get(key)
-    if kept is None:
-        kept = kept_workspaces.setdefault(key, [])
-    try:
-        return kept.pop(), kept
-    except IndexError:
-        return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device)), kept
 
 
 def why_not(call: Call, sizes: Sizes) -> str | None:
@@ -163,6 +149,8 @@ def prepare(call: Call, sizes: Sizes) -> Any:
         if call.checkpoints is not None:
             flags |= _dtype_of(call.checkpoints.states) << CHECKPOINTS
             every = call.checkpoints.every
+    kept, place = kept_workspaces.setdefault((device, room), []) if room else [], torch.device("cuda", device)
+    items, workers = n * H, sms if recurrent else sms // split
     pool = n if call.initial_state is None else call.initial_state.shape[0]
     scale, bound = call.scale, float(call.lower_bound or 0.0)
     number = next(_launches)
@@ -202,22 +190,28 @@ def prepare(call: Call, sizes: Sizes) -> Any:
             right.add(addresses)
         if recurrent:
             kernel(
-                q, k, v, g, o, betas, a_log, bias, initial, final, indices, states, cuts, n, pool, scale, bound, flags
+                q, k, v, g, o, betas, a_log, bias, initial, final, indices, pool, states, cuts, n, scale, bound, flags
             )  # fmt: skip
             return True
         first = 0
         if checkpoints is not None:
             states, first = checkpoints.states.data_ptr(), checkpoints.first.data_ptr()
-        workspace, workspaces = _workspace(device, room) if room else (None, None)
-        handed = 0 if workspace is None else workspace.data_ptr()
+        handed, workspace = 0, None
+        if room:
+            on_default = current_stream(device) == 0  # never while capturing
+            try:
+                workspace = kept.pop() if on_default else torch.empty(room, dtype=torch.uint8, device=place)
+            except IndexError:
+                workspace = torch.zeros(room, dtype=torch.uint8, device=place)
+            handed = workspace.data_ptr()
         if build is not None:
-            build(k, v, g, betas, a_log, bias, initial, indices, cuts, handed, n, pool, bound, flags, sms)
+            build(k, v, g, betas, a_log, bias, initial, indices, cuts, handed, pool, items, sms, bound, flags)
         kernel(
-            q, k, v, g, o, betas, a_log, bias, initial, final, indices, states, first, cuts, handed, n, pool, every,
-            scale, bound, flags, sms,
+            q, k, v, g, o, betas, a_log, bias, initial, final, indices, pool, states, first, every, cuts, handed, items,
+            workers, scale, bound, flags,
         )  # fmt: skip
-        if workspaces is not None and workspace is not None:
-            workspaces.append(workspace)
+        if workspace is not None and on_default:
+            kept.append(workspace)
         return True
 
     return launch
