@@ -7,6 +7,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,6 +309,34 @@ def test_numbers_are_in_their_places(kernel: str, launches: list[Any], monkeypat
             assert (found.pop(name, 0) != 0) == (kernel == "checkpoints")
         assert found == {name: expected[name] for name in found}
         assert found.get("workspace") or kernel != "maps"
+
+
+def test_a_call_between_two_launches_of_another(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a workspace of its own to the end; later calls have them again."""
+    monkeypatch.setattr(hopper, "current_stream", lambda device: 0)
+    monkeypatch.setattr(hopper, "kept_workspaces", {})
+    monkeypatch.setattr(hopper, "torch", SimpleNamespace(**{**vars(torch), "device": lambda *_: "cpu"}))
+    kwargs = on_gpu(arguments(Case(1, (8192,), H=H)))
+    load, between = jit.load, [kwargs]
+
+    def load_with_another(config: Any) -> Any:
+        launch = load(config)
+
+        def launched(*given: Any) -> None:
+            launch(*given)
+            if isinstance(config, KdaBuildConfig) and between:
+                chunk_kda(**between.pop())
+
+        return launched
+
+    monkeypatch.setattr(jit, "load", load_with_another)
+    chunk_kda(**kwargs)
+    first, other, other_end, first_end = (by_name(launch)["workspace"] for launch in launches)
+    assert first == first_end and other == other_end and first != other
+    for _ in range(3):
+        chunk_kda(**kwargs)
+    assert {by_name(launch)["workspace"] for launch in launches[4:]} <= {first, other}
+    assert [len(kept) for kept in hopper.kept_workspaces.values()] == [2]
 
 
 @pytest.mark.parametrize("name", sorted({*"qkvg", "out", "A_log", "dt_bias", "initial_state", "final_state"}))
