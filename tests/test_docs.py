@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import torch
 import kda_cute
 from kda_cute.cli import main
 from tests.test_fla import fla  # noqa: F401
+from tests.test_structure import copy_of_the_project
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -88,6 +90,57 @@ def test_snippets_run_on_the_gpu(code: str, fla: Any) -> None:  # noqa: F811
 def commands(pattern: str) -> list[str]:
     code = [c for page in PAGES for block, span in CODE.findall(page.read_text()) for c in (block or span).splitlines()]
     return sorted({found for line in code for found in re.findall(pattern, line.partition(" #")[0])})
+
+
+def ran(command: list[str], cwd: Path = ROOT, **environment: str) -> str:
+    """What a command prints, without a GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> list[str]:
+    """make, with this Python for that of .venv."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / ".stamp").touch()
+    return ["make", f"VENV={tmp_path}"]
+
+
+def test_the_commands_of_the_readme_are_those_that_run_here() -> None:
+    block = next(code for language, code in FENCED.findall(README.read_text()) if language == "bash")
+    lines = {line.partition("#")[0].strip() for line in block.splitlines()}
+    assert lines == {"pip install .", "kda-cute doctor", "make demo", "make test"}
+
+
+def test_pip_install(tmp_path: Path) -> None:
+    source, to = copy_of_the_project(tmp_path / "source"), tmp_path / "installed"
+    options = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(to),
+    ]  # into a folder, from what is here
+    ran([sys.executable, "-m", "pip", "install", "-q", *options, str(source)])
+    program = "import kda_cute.kernels.config as x; print(x.__file__)"
+    printed = ran([sys.executable, "-c", program], cwd=tmp_path, PYTHONPATH=str(to))
+    assert printed.startswith(str(to))
+
+
+def test_make_demo(make: list[str]) -> None:
+    printed = ran([*make, "demo"])
+    assert "KDA" in printed and "SDPA" in printed
+
+
+def test_make_test(make: list[str]) -> None:
+    printed = ran([*make, "test", "ARGS=-q -n0 tests/test_bench.py"])
+    assert re.search(r"\d+ passed", printed)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -117,15 +117,20 @@ def test_operators_take_the_arguments_of_a_call() -> None:
 # ---- what is shipped
 
 
-def test_a_wheel_has_every_module_and_works(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # not in the checkout, where a build leaves a folder behind
+def copy_of_the_project(to: Path) -> Path:
+    """Not in the checkout, where a build leaves a folder behind."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not files:
         pytest.skip("not a git checkout: what belongs to the project is not known")
     for file in files:
         if (ROOT / file).is_file():
-            (source / file).parent.mkdir(parents=True, exist_ok=True)
-            (source / file).write_bytes((ROOT / file).read_bytes())
+            (to / file).parent.mkdir(parents=True, exist_ok=True)
+            (to / file).write_bytes((ROOT / file).read_bytes())
+    return to
+
+
+def test_a_wheel_has_every_module_and_works(tmp_path: Path) -> None:
+    source = copy_of_the_project(tmp_path / "source")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
         check=True,
