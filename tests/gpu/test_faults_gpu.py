@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import chunk_kda, fused_recurrent_kda, known_calls
+from kda_cute import chunk_kda, fused_recurrent_kda, jit, known_calls
 from kda_cute.backends import hopper
 from kda_cute.reference import recurrence
 from tests.gpu.oracle import BOUND, relative_error
@@ -22,6 +23,26 @@ from tests.strategies import Case, make
 pytestmark = pytest.mark.gpu
 SPLIT = pytest.mark.parametrize("split", [1, 2], ids=["v_split=1", "v_split=2"])
 BOTH = pytest.mark.parametrize("function", [chunk_kda, fused_recurrent_kda])
+
+
+@contextlib.contextmanager
+def pause_behind_launches() -> Iterator[None]:
+    """A thread that has launched a kernel gives up the GIL, so that another's launches come between those of a call."""
+    load = jit.load
+
+    def slow(config: Any) -> Callable[..., Any]:
+        kernel = load(config)
+
+        def launch(*arguments: Any) -> None:
+            kernel(*arguments)
+            time.sleep(1e-5)
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(jit, "load", slow)
+        m.setattr(known_calls, "known", {})
+        yield
 
 
 @contextlib.contextmanager
@@ -70,7 +91,7 @@ def test_threads_on_the_default_stream(kind: str, threads: int = 3, calls: int =
     def differs(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([(bits(x) != bits(y)).any() for x, y in zip(found, wanted, strict=True)]).any()
 
-    with v_split(split) if split else contextlib.nullcontext():
+    with pause_behind_launches(), v_split(split) if split else contextlib.nullcontext():
         alone = [[x.clone() for x in call(i)] for i in range(threads)]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
