@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "chunk_kda", "chunk_kda_summary", "fused_recurrent_kda", "fwd", "warmup"]
+__all__ = ["__version__", "chunk_kda", "chunk_kda_summary", "fused_recurrent_kda", "fwd", "replay_shape", "warmup"]
 
 if TYPE_CHECKING:
+    from .contract import replay_shape
     from .jit import warmup
     from .ops import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 if not (Path(__file__).parent / "kernels").exists() and (Path(__file__).parents[1] / "kernels" / "config.py").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
-_HOME = {"chunk_kda": "ops", "chunk_kda_summary": "ops", "fused_recurrent_kda": "ops", "fwd": "ops", "warmup": "jit"}
+_HOME = {
+    "chunk_kda": "ops", "chunk_kda_summary": "ops", "fused_recurrent_kda": "ops", "fwd": "ops",
+    "replay_shape": "contract", "warmup": "jit",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -40,23 +40,34 @@ class Call(NamedTuple):
     A_log: Tensor | None
     dt_bias: Tensor | None
     state_indices: Tensor | None
+    null_index: int
+    has_initial_state: Tensor | None
+    batch_invariant: bool  # only if not `recurrent`
     backend: str | None
     out: Tensor | None
     final_state: Tensor | None
-    token_states: Tensor | None  # only if `recurrent`
-    checkpoints: Checkpoints | None  # only if not
+    token_states: Tensor | None  # only if `recurrent`, as are the next three
+    replay: Tensor | None
+    token_state_indices: Tensor | None
+    num_accepted_tokens: Tensor | None
+    checkpoint_state: Tensor | None  # only if not, as are the next three
+    checkpoint_offsets: Tensor | None
+    checkpoint_indices: Tensor | None
+    checkpoints: Checkpoints | None
     recurrent: bool
 
 
 ARGUMENTS = Call._fields[: Call._fields.index("out")]
-WRITTEN = ("out", "final_state", "token_states")
+WRITTEN = ("out", "final_state", "token_states", "replay", "checkpoint_state")
+STATES = ("initial_state", "final_state", "checkpoint_state")  # which may all be one pool
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 NUMBERS = tuple(name for name, kind in Call.__annotations__.items() if "float" in str(kind))
 TENSORS = tuple(name for name, kind in Call.__annotations__.items() if "Tensor" in str(kind))
 
 # Scalar: a float would have to be known when a call is compiled, which that of .item() is not.
 _KINDS = {
-    "Tensor": "Tensor", "Tensor | None": "Tensor?", "float | None": "Scalar?", "bool": "bool", "str | None": "str?",
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "float | None": "Scalar?", "bool": "bool", "int": "int",
+    "str | None": "str?",
 }  # fmt: skip
 
 
@@ -72,6 +83,7 @@ def _key() -> Callable[[tuple[Any, ...], int], tuple[Any, ...]]:
     """Written as one expression, like the methods of a NamedTuple: loops over the fields take twice as long, in every
     call."""
     terms = ["mode", "q.shape", "cu_seqlens is not None and cu_seqlens.shape", "final_state is initial_state"]
+    terms += ["checkpoint_state is initial_state", "checkpoint_state is final_state"]
     for name in Call._fields:
         kind = _kind(name)
         if kind == "bool":

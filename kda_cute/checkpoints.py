@@ -13,6 +13,8 @@ from .call import Call, Checkpoints
 
 def run(call: Call, interval: int | None, fla_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
     """(o, final state, states): every `interval` tokens, or as fla's return_intermediate_states has them."""
+    if call.checkpoint_offsets is not None:
+        raise ValueError("checkpoint_offsets is given: must be None with checkpoint_interval")
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         raise NotImplementedError("checkpoint_interval is given: must be None under torch.compile and torch.jit.trace")
     dtype = torch.float32
@@ -42,7 +44,9 @@ def run(call: Call, interval: int | None, fla_kwargs: dict[str, Any]) -> tuple[T
             room = max(rows, -(-T // interval))  # the copy on the host may be another one
         first = first_rows(cu_seqlens, T, interval, room)
     shape = (V, K) if call.state_v_first else (K, V)
-    states = torch.empty((room, HV, *shape), dtype=dtype, device=v.device)
+    # Null sequences have none, and may have been given room.
+    new = torch.empty if call.state_indices is None else torch.zeros
+    states = new((room, HV, *shape), dtype=dtype, device=v.device)
     call = call._replace(checkpoints=Checkpoints(states, first, interval // 32))
     o, S = dispatch.run(call, torch_ops.traced)
     return o, S, states[:rows].view(B if cu_seqlens is None else 1, -1 if rows else 0, HV, *shape)

@@ -62,6 +62,10 @@ def check_call(
     out: torch.Tensor | None,
     final_state: torch.Tensor | None,
     state_indices: torch.Tensor | None = None,
+    null_index: int | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    recurrent: bool | None = None,
 ) -> Sizes:
     """The contract of `chunk_kda` on every backend."""
     Tensor = torch.Tensor
@@ -151,25 +155,37 @@ def check_call(
 
     states = N
     if state_indices is not None:
-        if not isinstance(state_indices, Tensor):
-            _not_tensor(state_indices=state_indices)
-        if state_indices.dtype is not torch.int32:
-            _bad_dtype("state_indices", state_indices.dtype, (torch.int32,))
-        if state_indices.shape != (N,):
-            _bad_shape("state_indices", state_indices.shape, f"[{N}], [N]")
-        if state_indices.device != device:
-            _bad_device(device, state_indices=state_indices)
+        shape, form = ((N,),), f"[{N}], [N]"
+        if recurrent and isinstance(state_indices, Tensor) and state_indices.dim() == 2 and state_indices.shape[1] > 0:
+            shape, form = ((N, state_indices.shape[1]),), f"[{N}], [N], or [{N}, S], [N, S]"
+        _check_indices("state_indices", state_indices, device, shape, form)
         if initial_state is None:
             raise ValueError("initial_state is None: must be the pool of states that state_indices are of")
         if isinstance(initial_state, Tensor) and initial_state.dim():
             states = initial_state.shape[0]
+    if null_index is not None and not (type(null_index) is int and -1 <= null_index <= 0):
+        raise ValueError(f"null_index is {null_index!r}: must be -1 or 0, the largest index that is null")
     if initial_state is not None:
         _check_state("initial_state", initial_state, dtype, device, states, HV, K, V, state_v_first)
+        if state_indices is not None and final_state is not initial_state:
+            _check_slots("initial_state", initial_state)
     if final_state is not None:
         _check_state("final_state", final_state, dtype, device, states, HV, K, V, state_v_first)
-        if not final_state.is_contiguous():
-            name = "initial_state, updated in place," if final_state is initial_state else "final_state"
-            raise ValueError(f"{name} has strides {final_state.stride()}: must be contiguous")
+        in_place = final_state is initial_state
+        _check_slots("initial_state, updated in place," if in_place else "final_state", final_state)
+    if has_initial_state is not None:
+        if initial_state is None:
+            raise ValueError("initial_state is None: must be given with has_initial_state")
+        if not isinstance(has_initial_state, Tensor):
+            _not_tensor(has_initial_state=has_initial_state)
+        if has_initial_state.dtype is not torch.bool:
+            _bad_dtype("has_initial_state", has_initial_state.dtype, (torch.bool,))
+        if has_initial_state.shape != (N,):
+            _bad_shape("has_initial_state", has_initial_state.shape, f"[{N}], [N]")
+        if has_initial_state.device != device:
+            _bad_device(device, has_initial_state=has_initial_state)
+    if num_accepted_tokens is not None:
+        _check_indices("num_accepted_tokens", num_accepted_tokens, device, ((N,),), f"[{N}], [N]")
     if out is not None:
         if not isinstance(out, Tensor):
             _not_tensor(out=out)
@@ -200,21 +216,104 @@ def state_dtype(v: torch.Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
-def check_token_states(x: torch.Tensor, q: torch.Tensor, sizes: Sizes, state_v_first: bool) -> None:
-    B, T, _, HV, K, V, _ = sizes
-    if not isinstance(x, torch.Tensor):
-        _not_tensor(token_states=x)
-    if x.dtype not in _STATE and not (x.dtype is q.dtype is torch.float64):
-        _bad_dtype("token_states", x.dtype, _STATE, "or float64 with float64 inputs")
-    wanted = [B, T, *state_shape(B, HV, K, V, state_v_first)[1:]]
-    if list(x.shape) != wanted:
-        _bad_shape("token_states", x.shape, f"{wanted}, {'[B, T, HV, V, K]' if state_v_first else '[B, T, HV, K, V]'}")
-    if x.device != q.device:
-        _bad_device(q.device, token_states=x)
-    if not x.is_contiguous() or (x.is_cuda and x.data_ptr() % 16):
-        raise ValueError(
-            f"token_states has strides {x.stride()}: must be contiguous, on an address that is a multiple of 16"
-        )
+VALUE_ROWS = 32  # of a record of `replay`, which the kernel's blocks have
+
+
+def replay_shape(rows: int, tokens: int, HV: int, K: int, V: int) -> tuple[int, int, int, int, int]:
+    """The shape of `fused_recurrent_kda`'s replay, for so many sequences and tokens of each: [R, S, HV, V / 32,
+    2 K + 32]. With K = V = 128 it is 4.5 KiB a token and head, a state is 64."""
+    return rows, tokens, HV, V // VALUE_ROWS, 2 * K + VALUE_ROWS
+
+
+def check_by_token(call: Call, sizes: Sizes) -> None:
+    """token_states, token_state_indices, num_accepted_tokens and replay of `fused_recurrent_kda`."""
+    B, T, _, HV, K, V, N = sizes
+    q, states, replay, rows = call.q, call.token_states, call.replay, call.token_state_indices
+    per_token = call.state_indices is not None and call.state_indices.dim() == 2
+    if call.num_accepted_tokens is not None and not per_token and replay is None:
+        raise ValueError("num_accepted_tokens is given: must be None without state_indices [N, S] or replay")
+    if rows is not None:
+        _check_indices("token_state_indices", rows, q.device, ((N,),), f"[{N}], [N]")
+        if states is None and replay is None:
+            raise ValueError("token_state_indices is given: must be None without token_states or replay")
+    if states is not None:
+        if not isinstance(states, torch.Tensor):
+            _not_tensor(token_states=states)
+        if states.dtype not in _STATE and not (states.dtype is q.dtype is torch.float64):
+            _bad_dtype("token_states", states.dtype, _STATE, "or float64 with float64 inputs")
+        state = state_shape(B, HV, K, V, call.state_v_first)[1:]
+        form = "HV, V, K]" if call.state_v_first else "HV, K, V]"
+        if rows is None and states.shape != (B, T, *state):
+            _bad_shape("token_states", states.shape, f"{[B, T, *state]}, [B, T, {form}")
+        if rows is not None and (states.dim() != 5 or states.shape[2:] != state):
+            _bad_shape("token_states", states.shape, f"[R, S, {', '.join(map(str, state))}], [R, S, {form}")
+        if states.device != q.device:
+            _bad_device(q.device, token_states=states)
+        dense = states.is_contiguous() if rows is None else is_dense(states)
+        if not dense or not _on_16_bytes(states):
+            raise ValueError(
+                f"token_states has strides {states.stride()}: must be contiguous, on an address that is a multiple of "
+                "16"
+            )
+    if replay is not None:
+        if not isinstance(replay, torch.Tensor):
+            _not_tensor(replay=replay)
+        if replay.dtype is not torch.float32:
+            _bad_dtype("replay", replay.dtype, (torch.float32,))
+        shape = replay_shape(N, T, HV, K, V)
+        if replay.dim() != 5 or replay.shape[2:] != shape[2:] or (rows is None and replay.shape[0] < N):
+            _bad_shape("replay", replay.shape, f"[R, S, {', '.join(map(str, shape[2:]))}] with R of at least {N}")
+        if replay.device != q.device:
+            _bad_device(q.device, replay=replay)
+        if not replay.is_contiguous() or not _on_16_bytes(replay):
+            raise ValueError(
+                f"replay has strides {replay.stride()}: must be contiguous, on an address that is a multiple of 16"
+            )
+        if per_token:
+            raise ValueError(f"state_indices has shape {list(call.state_indices.shape)}: must be [N] with replay")  # type: ignore[union-attr]
+        if call.initial_state is None:
+            raise ValueError("initial_state is None: must be given with replay")
+        if V % VALUE_ROWS:
+            raise ValueError(f"v has V = {V}: must be a multiple of {VALUE_ROWS} with replay")
+        if states is not None and rows is not None and states.shape[1] != replay.shape[1]:
+            raise ValueError(
+                f"replay has room for {replay.shape[1]} tokens: must be {states.shape[1]} as token_states has"
+            )
+
+
+def check_checkpoints(call: Call, sizes: Sizes) -> None:
+    """checkpoint_state, checkpoint_offsets and checkpoint_indices of `chunk_kda`."""
+    _, _, _, HV, K, V, N = sizes
+    states, offsets, indices = call.checkpoint_state, call.checkpoint_offsets, call.checkpoint_indices
+    if offsets is None:
+        name = "checkpoint_state" if indices is None else "checkpoint_indices"
+        raise ValueError(f"{name} is given: must be None without checkpoint_offsets")
+    if states is None:
+        raise ValueError("checkpoint_state is None: must be a tensor with checkpoint_offsets")
+    many = isinstance(offsets, torch.Tensor) and offsets.dim() == 2
+    shape = (N, offsets.shape[1]) if many else (N,)
+    _check_indices("checkpoint_offsets", offsets, call.q.device, (shape,), f"[{N}], [N], or [{N}, M], [N, M]")
+    rows = shape
+    if indices is not None:
+        _check_indices("checkpoint_indices", indices, call.q.device, (shape,), f"{list(shape)} as offsets are")
+        rows = (states.shape[0] if isinstance(states, torch.Tensor) and states.dim() else 0,)
+    if not isinstance(states, torch.Tensor):
+        _not_tensor(checkpoint_state=states)
+    if states.dtype not in _STATE and not (states.dtype is call.q.dtype is torch.float64):
+        _bad_dtype("checkpoint_state", states.dtype, _STATE, "or float64 with float64 inputs")
+    wanted = (*rows, *state_shape(N, HV, K, V, call.state_v_first)[1:])
+    if states.shape != wanted:
+        _bad_shape("checkpoint_state", states.shape, str(list(wanted)))
+    if states.device != call.q.device:
+        _bad_device(call.q.device, checkpoint_state=states)
+    if states.dim() == 5:
+        if not states.is_contiguous() or not _on_16_bytes(states):
+            raise ValueError(
+                f"checkpoint_state has strides {states.stride()}: must be contiguous, on an address that is a multiple "
+                "of 16"
+            )
+    else:
+        _check_slots("checkpoint_state", states)
 
 
 def check_scale(scale: float | None, K: int) -> float:
@@ -266,12 +365,20 @@ def refuse_grad(why: str, **tensors: torch.Tensor | None) -> NoReturn:
 
 
 def check_values(call: Call, sizes: Sizes) -> None:
-    """Those of cu_seqlens and state_indices, and with KDA_CUTE_CHECK those of g under safe_gate."""
+    """Those of cu_seqlens and of indices, and with KDA_CUTE_CHECK those of g under safe_gate."""
     tokens = sizes.T if call.cu_seqlens is None else check_cu_seqlens(call.cu_seqlens, sizes.T)
     if CHECK_VALUES and call.safe_gate and not call.use_gate_in_kernel:
         check_log_decay(call.g, tokens)
-    if call.state_indices is not None and call.initial_state is not None:
-        check_state_indices(call.state_indices, call.initial_state.shape[0])
+    pool, least = call.initial_state, call.null_index + 1
+    if call.state_indices is not None and pool is not None:
+        once = call.final_state is not None
+        check_indices("state_indices", call.state_indices, pool.shape[0], least, once)
+    if call.token_state_indices is not None:
+        rows = call.token_states if call.replay is None else call.replay
+        assert rows is not None
+        check_indices("token_state_indices", call.token_state_indices, rows.shape[0])
+    if call.checkpoint_indices is not None and call.checkpoint_state is not None:
+        check_indices("checkpoint_indices", call.checkpoint_indices, call.checkpoint_state.shape[0], least)
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> int:
@@ -289,17 +396,19 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> int:
     return cuts[-1]
 
 
-def check_state_indices(state_indices: torch.Tensor, P: int) -> None:
-    """Values: below the number of states in the pool, negative for none, no state twice."""
-    if state_indices.is_meta:
+def check_indices(name: str, indices: torch.Tensor, P: int, least: int = 0, once: bool = True) -> None:
+    """Values: below the number of slots, below `least` for none, and if `once` no slot in two sequences."""
+    if indices.is_meta:
         return
     seen: dict[int, int] = {}
-    for n, i in enumerate(state_indices.tolist()):
-        if i >= P:
-            raise ValueError(f"state_indices[{n}] is {i}: must be below P = {P}, or negative for no state")
-        if i >= 0 and i in seen:
-            raise ValueError(f"state_indices[{n}] is {i}: must not be that of state_indices[{seen[i]}] too")
-        seen[i] = n
+    rows = indices.tolist()
+    for n, row in enumerate(rows if indices.dim() == 2 else [[i] for i in rows]):
+        for i in row:
+            if i >= P:
+                raise ValueError(f"{name}[{n}] is {i}: must be below P = {P}, the number of slots, or null")
+            if once and i >= least and seen.get(i, n) != n:
+                raise ValueError(f"{name}[{n}] is {i}: must not be that of {name}[{seen[i]}] too")
+            seen[i] = n
 
 
 def check_log_decay(g: torch.Tensor, tokens: int) -> None:
@@ -387,6 +496,44 @@ def _check_state(
         _bad_shape(name, x.shape, f"{shape}, {form} because state_v_first={state_v_first}")
     if x.device != device:
         _bad_device(device, **{name: x})
+
+
+def _check_indices(name: str, x: Any, device: torch.device, shapes: tuple[tuple[int, ...], ...], form: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        _not_tensor(**{name: x})
+    if x.dtype not in _INDEX:
+        _bad_dtype(name, x.dtype, _INDEX)
+    if x.shape not in shapes:
+        _bad_shape(name, x.shape, form)
+    if x.device != device:
+        _bad_device(device, **{name: x})
+
+
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether each x[i] is contiguous and has its own memory."""
+    if x.is_contiguous():
+        return True
+    size = 1
+    for n, step in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if n != 1 and step != size:
+            return False
+        size *= n
+    return x.shape[0] <= 1 or x.stride(0) >= size
+
+
+def _on_16_bytes(x: torch.Tensor) -> bool:
+    """Whether each x[i] is on an address that is a multiple of 16 bytes, as far as that matters."""
+    if not x.is_cuda or not x.numel():
+        return True
+    return not (x.data_ptr() % 16 or (x.shape[0] > 1 and x.stride(0) * x.element_size() % 16))
+
+
+def _check_slots(name: str, x: torch.Tensor) -> None:
+    """That kernels can read and write states where they are."""
+    if not is_dense(x):
+        raise ValueError(f"{name} has strides {x.stride()}: must be contiguous, state by state")
+    if x.is_cuda and x.shape[0] > 1 and x.stride(0) * x.element_size() % 16:
+        raise ValueError(f"{name} has strides {x.stride()}: must have states whose addresses are multiples of 16 bytes")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ def run(call: Call, as_operator: Callable[[Call], Results] | None = None) -> Res
     if as_operator is not None and torch._C._get_tracing_state() is not None:
         return as_operator(call)
     kind = known_calls.kind_of(call)
-    if call.state_indices is not None and call.final_state is None:
+    if call.state_indices is not None and call.final_state is None and (call.output_final_state or not call.recurrent):
         raise ValueError("final_state is None: must be a pool of states with state_indices")
     named = call._asdict()
     plain, ranges = memory.plain(named)
@@ -35,18 +35,22 @@ def run(call: Call, as_operator: Callable[[Call], Results] | None = None) -> Res
     sizes = contract.check_named({**named, "q": q, "k": k, "v": v})
     call = call._replace(q=q, k=k, v=v, scale=contract.check_scale(call.scale, sizes.K))
     fields = call._asdict()
-    if call.token_states is not None:
-        contract.check_token_states(call.token_states, q, sizes, call.state_v_first)
+    if call.recurrent:
+        if not (call.token_states is call.replay is call.token_state_indices is call.num_accepted_tokens is None):
+            contract.check_by_token(call, sizes)
+    elif not (call.checkpoint_offsets is call.checkpoint_state is call.checkpoint_indices is None):
+        contract.check_checkpoints(call, sizes)
     backend = devices.backend_of(q, call.backend)
     if (why_not := backend.why_not(call, sizes)) is not None:
         raise NotImplementedError(f'{why_not} on the GPU; backend="reference" serves it, slowly')
     if not backend.OF_TORCH:
         transforms.refuse(fields)
         if as_operator is not None and any(transforms.is_of_functorch(fields[name]) for name in TENSORS):
-            if call.recurrent or not (call.out is call.final_state is call.checkpoints is None):
+            kept = call.checkpoints, call.checkpoint_state
+            if call.recurrent or any(x is not None for x in (call.out, call.final_state, *kept)):
                 raise NotImplementedError(
-                    "out, final_state, state_indices and checkpoint_interval must be None under torch.vmap, which does "
-                    'not serve fused_recurrent_kda: B is for many sequences, backend="reference" works here, slowly'
+                    "out, final_state, state_indices and checkpoints must be None under torch.vmap, which does not "
+                    'serve fused_recurrent_kda: B is for many sequences, backend="reference" works here, slowly'
                 )
             return as_operator(call)  # torch calls it for one after the other
     if transforms.wants_grad(fields):
@@ -54,7 +58,7 @@ def run(call: Call, as_operator: Callable[[Call], Results] | None = None) -> Res
             transforms.refuse_outputs(fields)
         if call.recurrent:
             transforms.refuse_grad(fields, transforms.NO_GRADIENT)
-        if call.checkpoints is not None:
+        if call.checkpoints is not None or call.checkpoint_state is not None:
             transforms.refuse_grad(fields, "must not with checkpoints, which have no gradient; torch.no_grad() says so")
         if not backend.OF_TORCH and as_operator is not None:
             return as_operator(call)

@@ -20,6 +20,7 @@ from . import contract
 from .backends import reference
 from .call import ARGUMENTS, DIFFERENTIABLE
 
+_NOT_FLAS = ("state_indices", "null_index", "has_initial_state", "batch_invariant", "backend")
 _log = logging.getLogger("kda_cute")
 
 
@@ -27,7 +28,10 @@ def make(call: dict[str, Any], do: Tensor, dht: Tensor | None, wanted: list[str]
     """The gradients of the arguments whose names are `wanted`, from that of o and that of the final state, if any."""
     leaves = {name: call[name].detach().requires_grad_() for name in wanted}
     with _autograd():
-        o, S = _again({**call, **leaves, "output_final_state": dht is not None})
+        state, has = leaves.get("initial_state", call["initial_state"]), call["has_initial_state"]
+        if state is not None and has is not None:
+            state = torch.where(has.view(-1, 1, 1, 1), state, 0)
+        o, S = _again({**call, **leaves, "initial_state": state, "output_final_state": dht is not None})
         outputs, given = [o], [do]
         if S is not None and dht is not None:
             outputs, given = [o, S], [do, dht]
@@ -55,7 +59,7 @@ def _again(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         if fla_chunk_kda is not None and q.shape[-1] <= 256:
             if call["cu_seqlens"] is not None and not _captures():  # fla's kernels write where its values say
                 contract.check_cu_seqlens(call["cu_seqlens"], q.shape[1])
-            others = (name for name in ARGUMENTS if name not in (*DIFFERENTIABLE, "state_indices", "backend"))
+            others = (name for name in ARGUMENTS if name not in (*DIFFERENTIABLE, *_NOT_FLAS))
             state, A_log, dt_bias = (x if x is None else x.float() for x in map(call.get, DIFFERENTIABLE[5:]))
             return fla_chunk_kda(
                 *(call[name] for name in DIFFERENTIABLE[:5]), initial_state=state,

@@ -78,9 +78,8 @@ def remember(kind: tuple[Any, ...] | None, call: Call, launch: Launch, state_sha
             known.clear()
         known[kind] = None
     elif TensorGuards is not None:
-        given = [name for name in TENSORS if getattr(call, name) is not None]
-        if call.final_state is call.initial_state and call.final_state is not None:
-            given.remove("final_state")  # torch's guards refuse a tensor that comes twice
+        # torch's guards refuse a tensor that comes twice
+        given = [*{id(x): name for name in reversed(TENSORS) if (x := getattr(call, name)) is not None}.values()][::-1]
         present = _pick(given)
         try:
             guards = TensorGuards(*present(call), dynamic_dims_sizes=None, dynamic_dims_strides=None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .call import WRITTEN
+from .call import STATES, WRITTEN
 
 SEARCH_MAX = 10_000  # steps, until two tensors that are woven into each other count as sharing memory
 
@@ -63,8 +63,10 @@ def plain(call: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Ranges]:
                 increment_version((call[name],))  # a wrapper has a counter of its own
     if not changed:
         return None, ranges
-    if "final_state" in changed and call["final_state"] is call.get("initial_state"):
-        changed["final_state"] = changed["initial_state"]
+    for name in STATES[1:]:
+        for first in STATES[: STATES.index(name)]:
+            if name in changed and call[name] is call.get(first):
+                changed[name] = changed[first]
     return {**call, **changed}, ranges
 
 
@@ -166,8 +168,8 @@ def _range(name: str, x: torch.Tensor) -> tuple[int, int]:
 
 def _share(name: str, x: torch.Tensor, other: str, y: torch.Tensor) -> bool:
     """Of two tensors whose ranges of addresses meet: whether they share what one of them must have for itself."""
-    if name == "final_state" and other == "initial_state" and x.data_ptr() == y.data_ptr():
-        return not (x.dtype == y.dtype and x.stride() == y.stride())  # else it is updated in place
+    if name in STATES and other in STATES and x.data_ptr() == y.data_ptr():
+        return not (x.dtype == y.dtype and x.stride() == y.stride())  # else it is one pool
     return _meet(x, y)
 
 

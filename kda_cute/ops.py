@@ -34,7 +34,13 @@ def chunk_kda(
     A_log: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     state_indices: torch.Tensor | None = None,
+    null_index: int = -1,
+    has_initial_state: torch.Tensor | None = None,
     checkpoint_interval: int | None = None,
+    checkpoint_offsets: torch.Tensor | None = None,
+    checkpoint_state: torch.Tensor | None = None,
+    checkpoint_indices: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     out: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
     backend: str | None = None,
@@ -63,14 +69,26 @@ def chunk_kda(
             is zero, also where its values are wrong. The GPU path never reads it back to the host.
         A_log: [HV] or [1, 1, HV, 1]. dt_bias: [HV * K] or [HV, K]. Both only with use_gate_in_kernel, both may be None
             with lower_bound.
-        state_indices: [N], int32. initial_state then is a pool of P states, [P, HV, ...]: sequence n begins with state
-            state_indices[n] and leaves its last one there, in place; with a negative index it begins with zero and
-            leaves none. No two sequences may have the same state. The final state in the result is the pool.
+        state_indices: [N], int32 or int64. initial_state then is a pool of P states, [P, HV, ...]: sequence n begins
+            with state state_indices[n] and leaves its last one there, in place, or in final_state, a pool as large. No
+            two sequences may have the same state. The final state in the result is the pool. A pool is never copied:
+            stride(0) may be any multiple of 16 bytes, each state is contiguous.
+        null_index: -1 or 0. Indices up to it are null: o of such a sequence is zero, and no state is read or written.
+            So it is with indices that are not below P.
+        has_initial_state: [N], bool. Where it is False the sequence begins with zero, whatever initial_state has, and
+            leaves its last state all the same.
         checkpoint_interval: a multiple of 32 tokens. The states before tokens 0, checkpoint_interval, ... of every
             sequence are a third result, fp32: [B, ceil(T / checkpoint_interval), HV, ...]; with cu_seqlens
             [1, R, HV, ...], sequence by sequence, R such that there is room for any cu_seqlens; what is left of it is
             not written.
-        out: o, in the dtype of q. final_state: the last states, contiguous, bf16 or fp32.
+        checkpoint_offsets: [N] or [N, M], int32 or int64. The state after so many tokens of a sequence goes to its
+            checkpoint_state; none for 0 and for more tokens than there are. Multiples of 32 are free, others are
+            reached token by token.
+        checkpoint_state: for them, bf16 or fp32: [N, HV, ...] or [N, M, HV, ...]; with checkpoint_indices, of the shape
+            of checkpoint_offsets, slots of a pool [R, HV, ...], which may be initial_state. null_index counts here too.
+        batch_invariant: the bits of a sequence's results depend on nothing else in the call, nor, with fp32 states, on
+            how it is split between calls at multiples of 32 tokens. Costs time where heads are few and gates weak.
+        out: o, in the dtype of q. final_state: the last states, bf16 or fp32, each contiguous.
         backend: None takes "cute" for CUDA tensors and "reference" for those on the CPU. "reference" is torch on any
             device, also on meta, in fp32 (fp64 for fp64 inputs).
         fla_kwargs: what fla takes besides: disable_recompute, cu_seqlens_cpu, chunk_size, use_graph and max_num_seqs
@@ -98,7 +116,8 @@ def chunk_kda(
     call = (
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
-        state_indices, backend, out, final_state, None, None, False,
+        state_indices, null_index, has_initial_state, batch_invariant, backend, out, final_state, None, None, None,
+        None, checkpoint_state, checkpoint_offsets, checkpoint_indices, None, False,
     )  # fmt: skip
     if checkpoint_interval is not None or (fla_kwargs and fla_kwargs.get("return_intermediate_states")):
         return checkpoints.run(Call(*call), checkpoint_interval, fla_kwargs)
@@ -127,8 +146,14 @@ def fused_recurrent_kda(
     cu_seqlens: torch.Tensor | None = None,
     *,
     state_indices: torch.Tensor | None = None,
+    null_index: int = -1,
+    has_initial_state: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    update_state: bool = True,
     output_token_states: bool = False,
     token_states: torch.Tensor | None = None,
+    token_state_indices: torch.Tensor | None = None,
+    replay: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
     backend: str | None = None,
@@ -140,9 +165,21 @@ def fused_recurrent_kda(
 
     Args:
         all as in `chunk_kda`, in fla's order. With final_state=initial_state states are updated in place.
+        state_indices: also [N, S], as in fla and vLLM: sequence n begins with state state_indices[n, 0] and leaves the
+            one after token t in state_indices[n, t], if t is below S.
+        num_accepted_tokens: [N], int32 or int64: how many tokens of the call before count. With state_indices [N, S]
+            the state to begin with is state_indices[n, num_accepted_tokens[n] - 1].
+        update_state: False leaves states as they are.
         output_token_states: return the state after each token too, fp32, [B, T, HV, ...], to go back to one of them;
             zero after tokens of no sequence.
         token_states: a contiguous tensor of that shape for them, bf16 or fp32.
+        token_state_indices: [N], int32 or int64. token_states then is [R, S, HV, ...], and the state after token t of
+            sequence n goes to token_states[token_state_indices[n], t], if t is below S; none with a negative index.
+        replay: [R, S, HV, V / 32, 2 K + 32], fp32, as `replay_shape` gives it: speculative decoding without states of
+            single tokens. The first num_accepted_tokens[n] tokens on record in row n, or token_state_indices[n], are
+            applied to the state of sequence n first, and what comes out is its final state. Then o of this call's
+            tokens is computed, and they take their place on record, with their decay, k and update. No state after them
+            is stored.
 
     Returns:
         o [B, T, HV, V] in the dtype of q, and the final state or None; with token states those too.
@@ -151,19 +188,23 @@ def fused_recurrent_kda(
     """
     if fla_kwargs:
         state_v_first = contract.check_fla_kwargs(fla_kwargs, state_v_first, "fused_recurrent_kda")
-    if state_indices is not None and final_state is None:
+    if final_state is None and update_state and (state_indices is not None or replay is not None):
         final_state = initial_state
+    if not update_state and (final_state is not None or replay is not None):
+        name = "final_state" if replay is None else "replay"
+        raise ValueError(f"{name} is given: must be None with update_state=False")
     if output_token_states and token_states is None:
         token_states = _token_states(
             q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, use_gate_in_kernel=use_gate_in_kernel,
             use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
             lower_bound=lower_bound, state_v_first=state_v_first, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
-            state_indices=state_indices, out=out, final_state=final_state,
+            state_indices=state_indices, out=out, final_state=final_state, recurrent=True,
         )  # fmt: skip
     call = (
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, False, lower_bound, state_v_first, cu_seqlens, A_log, dt_bias,
-        state_indices, backend, out, final_state, token_states, None, True,
+        state_indices, null_index, has_initial_state, False, backend, out, final_state, token_states, replay,
+        token_state_indices, num_accepted_tokens, None, None, None, None, True,
     )  # fmt: skip
     if _is_compiling() or _dispatch_modes():
         o, S = torch_ops.traced(call)

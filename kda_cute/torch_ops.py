@@ -19,6 +19,10 @@ from .call import ARGUMENTS, DIFFERENTIABLE, NUMBERS, SCHEMA, Call
 from .contract import Sizes
 from .dispatch import Results
 
+# What the operators that write into given tensors take besides ARGUMENTS, in their order.
+_CHUNKED = ("out", "final_state", "checkpoint_state", "checkpoint_offsets", "checkpoint_indices")
+_RECURRENT = ("out", "final_state", "token_states", "replay", "token_state_indices", "num_accepted_tokens")
+
 # Schemas are strings, because torch 2.4 makes none of annotations that are.
 
 
@@ -42,34 +46,35 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(
     "kda_cute::chunk_kda_out",
-    mutates_args=("out", "final_state"),
-    schema=f"({SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state) -> ()",
+    mutates_args=("out", "final_state", "checkpoint_state"),
+    schema=f"({SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? checkpoint_state, "
+    "Tensor? checkpoint_offsets, Tensor? checkpoint_indices) -> ()",
 )
 def chunk_kda_out(*arguments: Any) -> None:
-    *arguments, out, final_state = arguments  # type: ignore[assignment]
-    _run(arguments, out, final_state)
+    _run(arguments[: len(ARGUMENTS)], dict(zip(_CHUNKED, arguments[len(ARGUMENTS) :], strict=True)))
 
 
 @chunk_kda_out.register_fake
 def _(*arguments: Any) -> None:
     transforms.refuse_forward_mode()
-    contract.check_named(dict(zip((*ARGUMENTS, "out", "final_state"), arguments, strict=True)))
+    contract.check_named(dict(zip((*ARGUMENTS, *_CHUNKED), arguments, strict=True)))
 
 
 @torch.library.custom_op(
     "kda_cute::fused_recurrent_kda_out",
-    mutates_args=("out", "final_state", "token_states"),
-    schema=f"({SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? token_states) -> ()",
+    mutates_args=("out", "final_state", "token_states", "replay"),
+    schema=f"({SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? token_states, Tensor(d!)? replay, "
+    "Tensor? token_state_indices, Tensor? num_accepted_tokens) -> ()",
 )
 def fused_recurrent_kda_out(*arguments: Any) -> None:
-    *arguments, out, final_state, token_states = arguments  # type: ignore[assignment]
-    _run(arguments, out, final_state, token_states, recurrent=True)
+    rest = dict(zip(_RECURRENT, arguments[len(ARGUMENTS) :], strict=True))
+    _run(arguments[: len(ARGUMENTS)], {**rest, "recurrent": True})
 
 
 @fused_recurrent_kda_out.register_fake
 def _(*arguments: Any) -> None:
     transforms.refuse_forward_mode()
-    contract.check_named(dict(zip((*ARGUMENTS, "out", "final_state"), arguments[:-1], strict=True)))
+    contract.check_named({**dict(zip((*ARGUMENTS, *_RECURRENT), arguments, strict=True)), "recurrent": True})
 
 
 @torch.library.custom_op(
@@ -97,14 +102,17 @@ def _(do: Tensor, dht: Tensor | None, *arguments: Any) -> list[Tensor]:
     ]
 
 
+_KEPT = ("cu_seqlens", "has_initial_state")  # for the gradients, besides DIFFERENTIABLE
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call = dict(zip(ARGUMENTS, inputs, strict=True))
-    ctx.save_for_backward(*(call.pop(name) for name in (*DIFFERENTIABLE, "cu_seqlens")))
+    ctx.save_for_backward(*(call.pop(name) for name in (*DIFFERENTIABLE, *_KEPT)))
     ctx.flags = call
 
 
 def _backward(ctx: Any, do: Tensor, dht: Tensor) -> tuple[Tensor | None, ...]:
-    call = {**ctx.flags, **dict(zip((*DIFFERENTIABLE, "cu_seqlens"), ctx.saved_tensors, strict=True))}
+    call = {**ctx.flags, **dict(zip((*DIFFERENTIABLE, *_KEPT), ctx.saved_tensors, strict=True))}
     wanted = [ctx.needs_input_grad[ARGUMENTS.index(name)] for name in DIFFERENTIABLE]
     arguments = [call[name] for name in ARGUMENTS]
     made = chunk_kda_backward(do, dht if call["output_final_state"] else None, *arguments, wanted)
@@ -136,7 +144,7 @@ def traced(given: tuple[Any, ...]) -> Results:
     transforms.refuse(call)
     arguments = [call[name] for name in ARGUMENTS]
     v, out, final_state, recurrent = call["v"], call["out"], call["final_state"], call["recurrent"]
-    if out is None and final_state is None and not recurrent:
+    if out is None and final_state is None and call["checkpoint_state"] is None and not recurrent:
         o, S = torch.ops.kda_cute.chunk_kda(*arguments)
         return o, S if call["output_final_state"] else None
     if transforms.wants_grad(call):
@@ -148,9 +156,11 @@ def traced(given: tuple[Any, ...]) -> Results:
     if final_state is None and call["output_final_state"]:
         final_state = v.new_empty(_state_shape(call), dtype=contract.state_dtype(v))
     if recurrent:
-        torch.ops.kda_cute.fused_recurrent_kda_out(*arguments, out, final_state, call["token_states"])
+        torch.ops.kda_cute.fused_recurrent_kda_out(
+            *arguments, out, final_state, *(call[name] for name in _RECURRENT[2:])
+        )
     else:
-        torch.ops.kda_cute.chunk_kda_out(*arguments, out, final_state)
+        torch.ops.kda_cute.chunk_kda_out(*arguments, out, final_state, *(call[name] for name in _CHUNKED[2:]))
     return out, final_state
 
 
@@ -168,13 +178,13 @@ def check(call: dict[str, Any]) -> Sizes:
 # ---- the pieces
 
 
-def _run(
-    arguments: Any, out: Tensor | None = None, final_state: Tensor | None = None, token_states: Tensor | None = None,
-    recurrent: bool = False,
-) -> Results:  # fmt: skip
-    """A call in an operator."""
+_NOTHING: dict[str, Any] = {**dict.fromkeys(Call._fields), "recurrent": False}
+
+
+def _run(arguments: Any, rest: dict[str, Any] | None = None) -> Results:
+    """A call in an operator. rest: fields besides ARGUMENTS."""
     transforms.refuse_forward_mode()
-    call = Call._make((*arguments, out, final_state, token_states, None, recurrent))
+    call = Call(**{**_NOTHING, **dict(zip(ARGUMENTS, arguments, strict=True)), **(rest or {})})
     if torch._C._get_tracing_state() is None:
         return known_calls.run(call) or dispatch.run(call)
     with _unrecorded():

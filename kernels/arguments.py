@@ -19,15 +19,17 @@ class Numbers(NamedTuple):
     there is nothing."""
 
     beta: Int64  # [B, T, H] bf16, fp16 or fp32; H is that of values
+    beta_batch: Int64  # elements from one batch entry to the next
+    beta_row: Int32  # and from one token to the next
     A_log: Int64  # [H] fp32
     dt_bias: Int64  # [H, K] fp32
     initial_state: Int64  # [N, H, V, K] or [N, H, K, V], bf16 or fp32
+    initial_pitch: Int64  # bytes from one state of all heads to the next
     final_state: Int64
-    state_indices: Int64  # [N] int32: states are those of a pool, [P, H, ...], a negative one is none
+    final_pitch: Int64
+    state_indices: Int64  # [N] int32 or int64: states are those of a pool, [P, H, ...]
     P: Int32
-    checkpoints: Int64  # [R, H, ...] bf16 or fp32: states every so many chunks, if the configuration keeps them
-    first_checkpoints: Int64  # [N] int32: the number of a sequence's first
-    every: Int32
+    has_initial_state: Int64  # [N] bool
     cu_seqlens: Int64  # [N + 1] int32 or int64
     workspace: Int64  # workspace_bytes of memory, without which no item is cut
     items: Int32  # sequences times H
@@ -35,6 +37,20 @@ class Numbers(NamedTuple):
     scale: Float32
     lower_bound: Float32
     flags: Int32
+
+
+class Kept(NamedTuple):
+    """What a kernel that keeps states on the way is given besides: either `every` and `first`, or `offsets`."""
+
+    states: Int64  # [rows, H, ...], bf16 or fp32
+    pitch: Int64  # bytes from a row to the next
+    rows: Int32
+    every: Int32  # chunks
+    first: Int64  # [N] int32: the row of a sequence's first
+    offsets: Int64  # [N, per] int32 or int64: tokens after which a state is kept; 0: none
+    per: Int32
+    indices: Int64  # [N, per] int32 or int64: their rows
+    scratch: Int64  # room for a state of each state warpgroup of each block
 
 
 def zeros(taker: Any) -> list[Int64 | Int32 | Float32]:

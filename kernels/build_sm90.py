@@ -32,6 +32,7 @@ from . import (
     roles_cluster,
     roles_load,
     roles_prepare,
+    scalars,
     schedule,
     segments,
     state_io,
@@ -39,7 +40,7 @@ from . import (
 )
 from .arguments import by_token, fake_tensors, tiled_mma, tma, zeros
 from .barriers import Barriers
-from .config import KdaBuildConfig
+from .config import INDEX_INT64, KdaBuildConfig
 from .layout import DECAY, NORM, SYSTEM, SYSTEMS, TABLES, C, D, Stage
 from .pipeline import Pipeline, Registers, Shared, g_boxes, v_boxes
 from .schedule import AT_BEGIN, AT_END, AT_LENGTH, AT_WARM, PLAN, SPAN, Fate
@@ -92,14 +93,18 @@ class KdaBuildSm90:
         mK: cute.Tensor,  # [B, T, H, K]
         mV: cute.Tensor,  # [B, T, HV, V]
         mG: cute.Tensor,
-        beta: Int64,  # addresses, as in KdaFwdSm90
+        beta: Int64,  # as in arguments.Numbers
+        beta_batch: Int64,
+        beta_row: Int32,
         A_log: Int64,
         dt_bias: Int64,
         initial_state: Int64,
+        initial_pitch: Int64,
         state_indices: Int64,
+        P: Int32,
+        has_initial_state: Int64,
         cu_seqlens: Int64,
         workspace: Int64,
-        P: Int32,
         items: Int32,
         workers: Int32,
         lower_bound: Float32,
@@ -111,15 +116,16 @@ class KdaBuildSm90:
         k_tma, v_tma = [tma(load, m, BFloat16, 64) for m in (mK, mV)]
         g_tma = tma(load, mG, self.pipe.g_type, g_cols)
         self.build(
-            k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], mG, beta, A_log, dt_bias, cu_seqlens, workspace,
-            items, workers, lower_bound, flags, tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
+            k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], mG, scalars.Beta(beta, beta_batch, beta_row),
+            A_log, dt_bias, cu_seqlens, workspace, items, workers, lower_bound, flags,
+            tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[workers // 2 * 2, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[2, 1, 1], stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
         self.chain(
-            initial_state, state_indices, P, cu_seqlens, workspace, items, cute.size(mG.shape[2]),
-            cute.size(mG.shape[0]), workers, flags,
+            initial_state, initial_pitch, state_indices, P, has_initial_state, cu_seqlens, workspace, items,
+            cute.size(mG.shape[2]), cute.size(mG.shape[0]), workers, flags,
         ).launch(grid=[workers, D // chain.ROWS, 1], block=[256, 1, 1], stream=stream)  # fmt: skip
 
     # ------------------------------------------------------------------ the maps
@@ -131,7 +137,8 @@ class KdaBuildSm90:
         v_tma: cute.CopyAtom, mV: cute.Tensor,
         g_tma: cute.CopyAtom, mG: cute.Tensor,
         g: cute.Tensor,
-        beta: Int64, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32, workers: Int32,
+        beta: scalars.Beta, A_log: Int64, dt_bias: Int64, cu_seqlens: Int64, workspace: Int64, items: Int32,
+        workers: Int32,
         lower_bound: Float32, flags: Int32, mma_k: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         pipe = self.pipe
@@ -182,7 +189,7 @@ class KdaBuildSm90:
                 if warp < 6:
                     self.gates(warp - 4, shared, gate_inputs, work)
                 elif warp == 6:
-                    roles_prepare.invert(pipe, shared, beta, Float32(1.0), flags, H, T, work)
+                    roles_prepare.invert(pipe, shared, beta, Float32(1.0), flags, work)
             elif warp < 12:
                 cute.arch.setmaxregister_decrease(pipe.registers.prepare)
                 roles_prepare.prepare(pipe, warp - 8, shared, gate_inputs, work)
@@ -331,8 +338,8 @@ class KdaBuildSm90:
 
     @cute.kernel
     def chain(
-        self, initial_state: Int64, state_indices: Int64, P: Int32, cu_seqlens: Int64, workspace: Int64, items: Int32,
-        H: Int32, T: Int32, workers: Int32, flags: Int32,
+        self, initial_state: Int64, initial_pitch: Int64, state_indices: Int64, P: Int32, has_initial_state: Int64,
+        cu_seqlens: Int64, workspace: Int64, items: Int32, H: Int32, T: Int32, workers: Int32, flags: Int32,
     ):  # fmt: skip
         """A block for ROWS rows of the states of an item, segment by segment, if it is the worker that has the item's
         first piece. The state that a segment begins with takes the place of the C before it."""
@@ -357,14 +364,18 @@ class KdaBuildSm90:
                 piece = schedule.find_piece(
                     end, sPlan, items, H, T, cu_seqlens, workspace, flags, Int32(1), worker, workers
                 )
-                nh, fate, last = state_io.pooled(piece.nh, H, state_indices, P), piece.fate, piece.span // SPAN
+                fate, last = piece.fate, piece.span // SPAN
                 any_given = Int32(0)
                 if (fate & (Fate.COMPARED | Fate.SEGMENT)) == Fate.COMPARED:
                     for i in cutlass.range(worker + 1 + cute.arch.lane_idx(), last + 1, 32, unroll=1):
                         any_given |= ptx.ldg_i32(segments.map_word(workspace, workers, i))
                 if ptx.uniform(any_given) > 0:
+                    slot = state_io.slot_of(piece.n, state_indices, P, flags, INDEX_INT64)
+                    if state_io.begins_with_zero(piece.n, has_initial_state):
+                        slot = Int32(-1)
+                    initial = state_io.State(initial_state, initial_pitch, slot, piece.h)
                     chain.states_of(
-                        initial_state, workspace, workers, worker, last, nh, part, thread, sS, sSums, sExtreme, flags
+                        self.config, initial, workspace, workers, worker, last, part, thread, sS, sSums, sExtreme, flags
                     )
 
 

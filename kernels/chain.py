@@ -21,8 +21,8 @@ MODERATE = 2.0**40
 
 @cute.jit
 def states_of(
-    initial_state: Int64, workspace: Int64, workers: Int32, first: Int32, last: Int32, nh: Int32, part: Int32,
-    thread: Int32, sS: Int32, sSums: Int32, sExtreme: Int32, flags: Int32,
+    config: cutlass.Constexpr, initial: state_io.State, workspace: Int64, workers: Int32, first: Int32, last: Int32,
+    part: Int32, thread: Int32, sS: Int32, sSums: Int32, sExtreme: Int32, flags: Int32,
 ):  # fmt: skip
     """Those that the segments of workers `first` + 1 to `last` begin with, where C of the segment before was.
 
@@ -34,7 +34,7 @@ def states_of(
     m_at = column + Int64(quarter // 2 * STATE_BYTES + quarter % 2 * 1024)
     acc = cute.make_rmem_tensor((8,), Float32)
     m = cute.make_rmem_tensor((64,), Float32)
-    first_state(acc, initial_state, nh, vs, row, p, flags)
+    first_state(acc, config, initial, vs * 64 + row, p, flags)
     load_m(m, segments.map_at(workspace, workers, first, 2) + m_at)
     for i in cutlass.range(first + 1, last + 1, unroll=1):
         word = segments.map_word(workspace, workers, i)
@@ -100,21 +100,21 @@ def product_of(m: cute.Tensor, s_at: Int32, sums_at: Int32) -> None:
 
 
 @cute.jit
-def first_state(acc: cute.Tensor, address: Int64, nh: Int32, vs: Int32, row: Int32, p: Int32, flags: Int32):
+def first_state(acc: cute.Tensor, config: cutlass.Constexpr, initial: state_io.State, v: Int32, p: Int32, flags: Int32):
     for i in cutlass.range_constexpr(8):
         acc[i] = Float32(0.0)
-    if (address != 0) & (nh >= 0):
-        read_state(acc, address, nh, vs * 64 + row, p, flags)
+    if (initial.address != 0) & (initial.slot >= 0):
+        read_state(acc, state_io.address_of(config, initial, flags, INITIAL), v, p, flags)
 
 
 @cute.jit
-def read_state(acc: cute.Tensor, address: Int64, nh: Int32, v: Int32, p: Int32, flags: Int32):
+def read_state(acc: cute.Tensor, address: Int64, v: Int32, p: Int32, flags: Int32):
     sv, sk = Int32(1), Int32(D)
     if (flags & STATE_V_FIRST) != 0:
         sv, sk = Int32(D), Int32(1)
     for i in cutlass.range_constexpr(8):
         # rows v, v + 8, v + 1, v + 9, of each two columns
-        at = Int64(nh) * (D * D) + (v + i // 2 % 2 * 8 + i // 4) * sv + (2 * p + i % 2) * sk
+        at = Int64((v + i // 2 % 2 * 8 + i // 4) * sv + (2 * p + i % 2) * sk)
         state_io.in_dtype(lambda dtype, i=i, at=at: state_io.read(acc, i, address, at, dtype), flags, INITIAL)
 
 

@@ -12,6 +12,9 @@ MAX_SMEM_BYTES = 232_448  # what one thread block can have on sm_90
 # Flags that cost nothing at run time, so that they cost no binary: bits of the kernel's argument `flags`.
 L2NORM, BETA_SIGMOID, NEG_EIGVAL, BETA_BF16, BETA_FP16, STATE_V_FIRST = (1 << i for i in range(6))
 CU_INT64, MAPS_BUILT = 1 << 9, 1 << 10
+# Of state_indices; of checkpoint_offsets or num_accepted_tokens; of checkpoint_indices or token_state_indices. Whether
+# index 0 is null too.
+INDEX_INT64, OFFSET_INT64, KEPT_INT64, NULL_ZERO = (1 << i for i in range(12, 16))
 # What states may be in memory, and the bits in which each kind of state says what it is: see state_io.in_dtype.
 STATE_DTYPES = ("fp32", "bf16")
 INITIAL, FINAL, CHECKPOINTS, TOKEN_STATES = 6, 7, 8, 11
@@ -53,11 +56,13 @@ class KdaFwdConfig:
     dtype: Literal["bf16", "fp16"] = "bf16"
     K: int = 128  # or 64
     V: int = 128  # or 64, with v_split = 1 only
-    checkpoints: bool = False  # whether states on the way are kept
+    checkpoints: Literal["", "every", "offsets"] = ""  # states that are kept on the way: see checkpoints
 
     @property
     def name(self) -> str:
-        rest = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128)) + "_checkpoints" * self.checkpoints
+        rest = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128)) + f"_{self.checkpoints}" * bool(
+            self.checkpoints
+        )
         return (
             f"kda_fwd_g{self.g_dtype}_{self.gate}_v{self.v_split}"
             + "_neg" * self.neg_eigval
@@ -106,10 +111,11 @@ class KdaDecodeConfig:
     dtype: Literal["bf16", "fp16"] = "bf16"
     K: int = 128  # or 64
     V: int = 128  # or 64
+    by_token: bool = False  # whether more is kept of single tokens than their states in order: for speculative decoding
 
     @property
     def name(self) -> str:
-        rest = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128))
+        rest = f"_{self.K}x{self.V}" * ((self.K, self.V) != (128, 128)) + "_by_token" * self.by_token
         return f"kda_decode_g{self.g_dtype}_{self.gate}" + "_vk" * self.state_v_first + _suffix(self.dtype) + rest
 
 

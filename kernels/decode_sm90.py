@@ -22,7 +22,17 @@ from cutlass.memory import SmemAllocator
 
 from . import fragments, gate, ptx, scalars, schedule, state_io
 from .arguments import TYPES, fake_tensors, zeros
-from .config import FINAL, INITIAL, L2NORM, TOKEN_STATES, KdaDecodeConfig
+from .config import (
+    FINAL,
+    INDEX_INT64,
+    INITIAL,
+    KEPT_INT64,
+    L2NORM,
+    NULL_ZERO,
+    OFFSET_INT64,
+    TOKEN_STATES,
+    KdaDecodeConfig,
+)
 
 ROWS = 32  # of values, in a block
 WARP_ROWS = 8
@@ -36,18 +46,35 @@ class Numbers(NamedTuple):
     """What the kernel is given besides tensors, in the order of a launch. An address is 0 where there is nothing."""
 
     beta: Int64  # [B, T, HV] bf16, fp16 or fp32
+    beta_batch: Int64  # elements from one batch entry to the next
+    beta_row: Int32  # and from one token to the next
     A_log: Int64  # [HV] fp32
     dt_bias: Int64  # [HV, K] fp32
     initial_state: Int64  # [N or P, HV, V, K] or [.., K, V], bf16 or fp32
+    initial_pitch: Int64  # bytes from one state of all heads to the next
     final_state: Int64
-    state_indices: Int64  # [N] int32, as in arguments.Numbers
+    final_pitch: Int64
+    state_indices: Int64  # [N] int32 or int64
     P: Int32
+    has_initial_state: Int64  # [N] bool
     token_states: Int64  # [B, T, HV, ...] bf16 or fp32: the state after each token
     cu_seqlens: Int64  # [N + 1] int32 or int64
     N: Int32
     scale: Float32
     lower_bound: Float32
     flags: Int32
+
+
+class ByToken(NamedTuple):
+    """What it is given besides if the configuration is by_token."""
+
+    per: Int32  # state_indices of a sequence, one for the state after each token; 0: one, for the last
+    accepted: Int64  # [N] int32 or int64: tokens of the call before that count
+    rows_of: Int64  # [N] int32 or int64: a sequence's row of token_states and of replay; 0: see Numbers
+    rows: Int32
+    tokens: Int32  # of a row
+    row_pitch: Int64  # bytes from a row of token_states to the next
+    replay: Int64  # [rows, tokens, HV, V / ROWS, 2 K + ROWS] fp32: decay, k and updates of each token
 
 
 class KdaDecodeSm90:
@@ -67,13 +94,14 @@ class KdaDecodeSm90:
         mV: cute.Tensor,  # [B, T, HV, V]
         mG: cute.Tensor,
         mO: cute.Tensor,
-        *rest: Any,  # Numbers, one by one, and the stream
+        *rest: Any,  # Numbers, and ByToken if it is by_token, one by one, and the stream
     ):
-        numbers, stream = Numbers(*rest[:-1]), rest[-1]
+        count, stream = len(Numbers._fields), rest[-1]
+        numbers, more = Numbers(*rest[:count]), ByToken(*rest[count:-1]) if self.config.by_token else None
         H = cute.size(mV.shape[2])
         group = H // cute.size(mQ.shape[2])
         sequences = cutlass.min(numbers.N, 65535)  # in a column of the grid
-        self.kernel(mQ, mK, mV, mG, mO, numbers, (Int64(1 << 31) + group - 1) // group).launch(
+        self.kernel(mQ, mK, mV, mG, mO, numbers, more, (Int64(1 << 31) + group - 1) // group).launch(
             grid=[H * (self.config.V // ROWS), sequences, cute.ceil_div(numbers.N, sequences)], block=[128, 1, 1],
             stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=75,
         )  # fmt: skip
@@ -82,7 +110,7 @@ class KdaDecodeSm90:
     def kernel(
         self,
         mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mG: cute.Tensor, mO: cute.Tensor,
-        numbers: Numbers, of_group: Int64,
+        numbers: Numbers, more: ByToken | None, of_group: Int64,
     ):  # fmt: skip
         K, V = self.config.K, self.config.V
         N, cu_seqlens, token_states, flags = numbers.N, numbers.cu_seqlens, numbers.token_states, numbers.flags
@@ -96,33 +124,55 @@ class KdaDecodeSm90:
             for dtype, n in ((self.dtype, K), (self.dtype, K), (self.g_type, K), (self.dtype, ROWS))
         )
         tables = *(table(TOKENS * n * 4) for n in (K, K, K, ROWS)), table(TOKENS * NUMBERS)
-        if const_expr(not self.config.state_v_first):
-            tables = (*tables, table(2 * SUMS))
+        tables = (*tables, None if self.config.state_v_first else table(2 * SUMS))
+        tables = (*tables, table(TOKENS * ROWS * 4) if self.config.by_token else None)
         cuts = table(4 * schedule.CUTS)
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         part, h, n = block % (V // ROWS), block // (V // ROWS), z * cute.arch.grid_dim()[1] + y
         T, H, h_k = cute.size(mV.shape[1]), cute.size(mV.shape[2]), Int32(Int64(h) * of_group >> 31)
-        start, tokens, b = schedule.sequence(cutlass.min(n, N - 1), cu_seqlens, flags, T)
-        place = state_io.pooled(cutlass.min(n, N - 1), Int32(1), numbers.state_indices, numbers.P)
+        seq = cutlass.min(n, N - 1)
+        start, tokens, b = schedule.sequence(seq, cu_seqlens, flags, T)
+        accepted, index = Int32(0), seq
+        if const_expr(more is not None):
+            accepted, index = self.accepted_of(more, seq, flags)
+        slot = state_io.slot_of(index, numbers.state_indices, numbers.P, flags, INDEX_INT64)
         if n >= N:
-            tokens, place = Int32(0), Int32(-1)
-        kept, place = place >= 0, Int64(place) * H + h
+            tokens, slot = Int32(0), Int32(-1)
         cuts = cuts + warp * schedule.CUTS
         if (cu_seqlens != 0) & (n < N):
             schedule.ask_cuts(cuts, n, N, cu_seqlens, flags)
 
         inputs, left = (mQ, mK, mG, mV), cutlass.min(tokens, TOKENS)
         self.ask(inputs, raw, b, start, h_k, h, part, left, warp, lane)
-        beta_at = (Int64(b) * T + start) * H + h
-        raw_beta = scalars.load_beta(numbers.beta, beta_at, H, lane * 4 + warp, left, flags)
+        beta = scalars.Beta(numbers.beta, numbers.beta_batch, numbers.beta_row)
+        raw_beta = scalars.load_beta(beta, beta.at(b, start, h), lane * 4 + warp, left, flags)
         gate_inputs = gate.Inputs.of(numbers)
         a_log, bias = self.gate_of(gate_inputs, h, thread % K)
         S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
         for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
             S[i] = Float32(0.0)
-        if (numbers.initial_state != 0) & kept:
-            self.move(S, numbers.initial_state, place, part, warp, lane, INITIAL, flags, True)
+        from_zero = state_io.begins_with_zero(seq, numbers.has_initial_state)
+        if (numbers.initial_state != 0) & (slot >= 0) & (not from_zero):
+            initial = state_io.State(numbers.initial_state, numbers.initial_pitch, slot, h)
+            self.move(S, self.address(initial, INITIAL, flags), part, warp, lane, INITIAL, flags, True)
+        final, ends = state_io.State(numbers.final_state, numbers.final_pitch, slot, h), slot >= 0
+        row, token_slots = Int32(-1), Int32(-1)
+        if const_expr(more is not None):
+            ends = ends & (more.per == 0) & (more.replay == 0)
+            row = state_io.slot_of(seq, more.rows_of, more.rows, flags & ~NULL_ZERO, KEPT_INT64)
+            if (more.replay != 0) & (row >= 0) & (slot >= 0):
+                for t in cutlass.range(0, accepted, unroll=1):
+                    self.replay(S, self.record_at(more, row, t, h, H, part), warp, lane)
+                if (numbers.final_state != 0) & ((accepted > 0) | from_zero):
+                    self.move(S, self.address(final, FINAL, flags), part, warp, lane, FINAL, flags, False)
+        if slot < 0:
+            cute.arch.cp_async_wait_group(0)
+            rows_of = Int64(0)
+            if const_expr(more is not None):
+                rows_of = more.rows_of
+            self.clear_all(S, mO, numbers, h, H, part, warp, lane, b, start, tokens, rows_of)
+            tokens = Int32(0)
 
         for t in cutlass.range(0, tokens, unroll=1):
             if t % TOKENS == 0:
@@ -138,9 +188,7 @@ class KdaDecodeSm90:
                 if left < tokens - t:
                     left = cutlass.min(tokens - t - TOKENS, TOKENS)
                     self.ask(inputs, raw, b, start + t + TOKENS, h_k, h, part, left, warp, lane)
-                    raw_beta = scalars.load_beta(
-                        numbers.beta, beta_at + Int64(t + TOKENS) * H, H, lane * 4 + warp, left, flags
-                    )
+                    raw_beta = scalars.load_beta(beta, beta.at(b, start + t + TOKENS, h), lane * 4 + warp, left, flags)
             j, o = t % TOKENS, mO[b, start + t, h, None]
             if const_expr(self.config.state_v_first):
                 self.step(S, tables, j, o, part * ROWS, warp * WARP_ROWS, lane)
@@ -148,11 +196,19 @@ class KdaDecodeSm90:
                 self.send_sums(S, tables, j, warp, lane)
                 cute.arch.sync_threads()
                 self.take_sums(S, tables, j, o, part * ROWS, warp, lane)
-            if token_states != 0:
-                after = (Int64(b) * T + start + t) * H + h
-                self.move(S, token_states, after, part, warp, lane, TOKEN_STATES, flags, False)
-        if (numbers.final_state != 0) & kept:
-            self.move(S, numbers.final_state, place, part, warp, lane, FINAL, flags, False)
+            if const_expr(more is None):
+                if token_states != 0:
+                    after = self.after_token(token_states, b, start + t, T, h, H, flags)
+                    self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
+            else:
+                if t % 32 == 0:
+                    token_slots = self.token_slots(numbers, more, seq, t, lane)
+                after = final._replace(slot=cute.arch.shuffle_sync(token_slots, t % 32))
+                if (numbers.final_state != 0) & (after.slot >= 0):
+                    self.move(S, self.address(after, FINAL, flags), part, warp, lane, FINAL, flags, False)
+                self.keep_token(S, tables, numbers, more, row, b, start, t, tokens, h, part, thread, T, H)
+        if (numbers.final_state != 0) & ends:
+            self.move(S, self.address(final, FINAL, flags), part, warp, lane, FINAL, flags, False)
         rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
         if (cu_seqlens != 0) & (n < N):
             rest, decreasing = schedule.rest_of(cuts, T, flags)
@@ -161,19 +217,33 @@ class KdaDecodeSm90:
         if rest > 0:
             for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
                 S[i] = Float32(0.0)
-            schedule.clear_rest(
-                self.clear, (S, mO, token_states, h, H, part, warp, lane, flags), cu_seqlens, N, T, flags, me, of
-            )
+            if const_expr(more is not None):
+                if more.rows_of != 0:
+                    token_states = Int64(0)
+            target = S, mO, token_states, Int32(0), h, H, part, warp, lane, flags
+            schedule.clear_rest(self.clear, target, cu_seqlens, N, T, flags, me, of)
+
+    @cute.jit
+    def clear_all(
+        self, S: cute.Tensor, mO: cute.Tensor, numbers: Numbers, h: Int32, H: Int32, part: Int32, warp: Int32,
+        lane: Int32, b: Int32, start: Int32, tokens: Int32, rows_of: Int64,
+    ):  # fmt: skip
+        """The same of the tokens of a null sequence."""
+        token_states = numbers.token_states
+        if rows_of != 0:
+            token_states = Int64(0)
+        for t in cutlass.range(start, start + tokens, unroll=1):
+            self.clear((S, mO, token_states, b, h, H, part, warp, lane, numbers.flags), t)
 
     @cute.jit
     def clear(self, target, t: Int32):
-        """o of a token and the state after it become zero, as far as they are this block's."""
-        S, mO, token_states, h, H, part, warp, lane, flags = target
+        """o of a token and the state after it become zero, as far as they are this block's. S is zero."""
+        S, mO, token_states, b, h, H, part, warp, lane, flags = target
         if warp == 0:
-            mO[0, t, h, part * ROWS + lane] = Float32(0.0).to(self.dtype)
+            mO[b, t, h, part * ROWS + lane] = Float32(0.0).to(self.dtype)
         if token_states != 0:
-            after = Int64(t) * H + h
-            self.move(S, token_states, after, part, warp, lane, TOKEN_STATES, flags, False)
+            after = self.after_token(token_states, b, t, cute.size(mO.shape[1]), h, H, flags)
+            self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
 
     # ------------------------------------------------------------------ before the tokens
 
@@ -323,6 +393,8 @@ class KdaDecodeSm90:
                 (lane < 16) & (lane % 4 == 0),
             )  # fmt: skip
             self.add(S, first, [cute.arch.shuffle_sync(u * rk, i * 4) for i in range(4)], sK)
+            if self.config.by_token:
+                self.note(tables, j, at, [u * rk], (lane < 16) & (lane % 4 == 0))
 
     def send_sums(self, S: cute.Tensor, tables, j: Int32, warp: Int32, lane: Int32) -> None:
         """Token j, K first: a lane has 4 rows of some channels; the sums of the warp's go to shared memory."""
@@ -348,6 +420,15 @@ class KdaDecodeSm90:
         self.store(o, block_row + row, out, (warp == 0) & (lane < 8))
         _, sK, _ = self.vectors(tables, j, (warp * 4 + lane // 8) * self.keys)
         self.add(S, 0, uk, sK)
+        if self.config.by_token:
+            self.note(tables, j, row, uk, (warp == 0) & (lane < 8))
+
+    @cute.jit
+    def note(self, tables, j: Int32, row: Int32, uk, mine):
+        """Updates of rows by token j, for `record`."""
+        if mine:
+            for i in cutlass.range_constexpr(len(uk)):
+                ptx.sts_f32(tables[6] + (j * ROWS + row + i) * 4, uk[i])
 
     @cute.jit
     def store(self, out: cute.Tensor, row: Int32, o, mine):
@@ -357,14 +438,22 @@ class KdaDecodeSm90:
 
     # ------------------------------------------------------------------ states
 
-    def move(
-        self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, kind: int,
-        flags: Int32, load: bool,
-    ) -> None:  # fmt: skip
-        """A lane's elements of a state, to or from global memory."""
-        state_io.in_dtype(lambda dtype: self.move_as(S, address, state, part, warp, lane, dtype, load), flags, kind)
+    def address(self, state: state_io.State, kind: int, flags: Int32) -> Int64:
+        return state_io.address_of(self.config, state, flags, kind)
 
-    def move_as(self, S: cute.Tensor, address: Int64, state: Int64, part: Int32, warp: Int32, lane: Int32, dtype, load):
+    def after_token(self, states: Int64, b: Int32, t: Int32, T: Int32, h: Int32, H: Int32, flags: Int32) -> Int64:
+        """Address of a head's state after a token, of [B, T, H, ...]."""
+        nth = (Int64(b) * T + t) * H + h
+        return states + nth * Int64(state_io.state_bytes(self.config, flags, TOKEN_STATES))
+
+    def move(
+        self, S: cute.Tensor, address: Int64, part: Int32, warp: Int32, lane: Int32, kind: int, flags: Int32,
+        load: bool,
+    ) -> None:  # fmt: skip
+        """A lane's elements of a head's state, to or from global memory."""
+        state_io.in_dtype(lambda dtype: self.move_as(S, address, part, warp, lane, dtype, load), flags, kind)
+
+    def move_as(self, S: cute.Tensor, address: Int64, part: Int32, warp: Int32, lane: Int32, dtype, load):
         K, V, size = self.config.K, self.config.V, dtype.width // 8
         if self.config.state_v_first:  # a row is K elements
             n, step = self.keys, K
@@ -372,7 +461,7 @@ class KdaDecodeSm90:
         else:  # a channel is V elements
             n, step = 4, V
             first = (warp * 4 + lane // 8) * self.keys * V + part * ROWS + lane % 8 * 4
-        at = address + (state * (K * V) + first) * size
+        at = address + Int64(first * size)
         for i in range(WARP_ROWS * K // 32 // n):
             if load:
                 for j, x in enumerate(ptx.ldg_state(at + i * step * size, n, dtype)):
@@ -380,12 +469,92 @@ class KdaDecodeSm90:
             else:
                 ptx.stg_state(at + i * step * size, [S[i * n + j] for j in range(n)], dtype)
 
+    # ------------------------------------------------------------------ by_token
+
+    @cute.jit
+    def accepted_of(self, more: ByToken, n: Int32, flags: Int32):
+        """(tokens of the call before that count, the place of the index of the state to begin with)"""
+        count, per = Int64(0), cutlass.max(more.per, 1)
+        if more.accepted != 0:
+            count = state_io.index_at(more.accepted, n, flags, OFFSET_INT64)
+        accepted = Int32(cutlass.min(cutlass.max(count, Int64(0)), Int64(more.tokens)))
+        last = Int32(cutlass.min(cutlass.max(count - 1, Int64(0)), Int64(per - 1)))
+        return accepted, n * per + last
+
+    @cute.jit
+    def token_slots(self, numbers: Numbers, more: ByToken, n: Int32, t: Int32, lane: Int32) -> Int32:
+        """A lane's slot for the state after token t + lane; -1 if there is none."""
+        slot = Int32(-1)
+        if t + lane < more.per:
+            slot = state_io.slot_of(
+                n * more.per + t + lane, numbers.state_indices, numbers.P, numbers.flags, INDEX_INT64
+            )
+        return slot
+
+    @cute.jit
+    def keep_token(
+        self, S: cute.Tensor, tables, numbers: Numbers, more: ByToken, row: Int32, b: Int32, start: Int32, t: Int32,
+        tokens: Int32, h: Int32, part: Int32, thread: Int32, T: Int32, H: Int32,
+    ):  # fmt: skip
+        """Stores the state after token t, and what it takes to replay it, with those of the tokens before."""
+        flags, warp, lane = numbers.flags, cute.arch.make_warp_uniform(thread // 32), thread % 32
+        if numbers.token_states != 0:
+            if more.rows_of == 0:
+                after = self.after_token(numbers.token_states, b, start + t, T, h, H, flags)
+                self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
+            elif (row >= 0) & (t < more.tokens):
+                after = Int64(row) * more.row_pitch
+                after = self.after_token(numbers.token_states + after, Int32(0), t, T, h, H, flags)
+                self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
+        if (more.replay != 0) & ((t % TOKENS == TOKENS - 1) | (t == tokens - 1)):
+            cute.arch.sync_threads()
+            if row >= 0:
+                first = t - t % TOKENS
+                for i in cutlass.range(first, cutlass.min(t + 1, more.tokens), unroll=1):
+                    self.record(self.record_at(more, row, i, h, H, part), tables, i - first, thread)
+
+    def record_at(self, more: ByToken, row: Int32, t: Int32, h: Int32, H: Int32, part: Int32) -> Int64:
+        nth = ((Int64(row) * more.tokens + t) * H + h) * (self.config.V // ROWS) + part
+        return more.replay + nth * ((2 * self.config.K + ROWS) * 4)
+
+    @cute.jit
+    def record(self, at: Int64, tables, j: Int32, thread: Int32):
+        """Decay, k and, of this block's rows, updates of token j."""
+        K = self.config.K
+        if thread < K:
+            for i in cutlass.range_constexpr(2):
+                x = ptx.lds_f32(tables[2 - i] + (j * K + thread) * 4)
+                ptx.stg_f32(at + Int64((i * K + thread) * 4), x)
+        if thread < ROWS:
+            x = ptx.lds_f32(tables[6] + (j * ROWS + thread) * 4)
+            ptx.stg_f32(at + Int64((2 * K + thread) * 4), x)
+
+    @cute.jit
+    def replay(self, S: cute.Tensor, at: Int64, warp: Int32, lane: Int32):
+        """S <- S diag(a) + u k^T, of a token on record."""
+        K, few = self.config.K, min(self.keys, 4)
+        channel, row, rows = lane * self.keys, warp * WARP_ROWS, WARP_ROWS
+        if const_expr(not self.config.state_v_first):
+            channel, row, rows = (warp * 4 + lane // 8) * self.keys, lane % 8 * 4, 4
+        u = [x for i in range(0, rows, 4) for x in ptx.ldg_f32x4(at + Int64((2 * K + row + i) * 4))]
+        for c in cutlass.range_constexpr(0, self.keys, few):
+            a, k = (self.channels(at + Int64((i * K + channel + c) * 4), few) for i in range(2))
+            for i in cutlass.range_constexpr(rows):
+                for e in cutlass.range_constexpr(few):
+                    place = self.at(i, c + e)
+                    S[place] = ptx.fma(u[i], k[e], S[place] * a[e])
+
+    def channels(self, at: Int64, few: int):
+        if few == 4:
+            return ptx.ldg_f32x4(at)
+        return [ptx.as_f32(ptx.ldg_u32(at + 4 * i)) for i in range(few)]
+
 
 def compile(config: KdaDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaDecodeSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(config, "qkvgo"), *zeros(Numbers),
+        kernel, *fake_tensors(config, "qkvgo"), *zeros(Numbers), *(zeros(ByToken) if config.by_token else ()),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

@@ -38,8 +38,8 @@ from cutlass import BFloat16, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.memory import SmemAllocator
 
-from . import barriers, chunk, gate, ptx, roles_cluster, roles_load, roles_prepare, roles_state, schedule
-from .arguments import Numbers, by_token, fake_tensors, tiled_mma, tma, zeros
+from . import barriers, chunk, gate, ptx, roles_cluster, roles_load, roles_prepare, roles_state, scalars, schedule
+from .arguments import Kept, Numbers, by_token, fake_tensors, tiled_mma, tma, zeros
 from .barriers import Barriers
 from .config import KdaFwdConfig
 from .layout import BOX, SYSTEM, SYSTEMS, TABLES, C, D, Stage
@@ -85,9 +85,10 @@ class KdaFwdSm90:
         mV: cute.Tensor,  # [B, T, HV, V]; from here on heads are those of values, and H is HV
         mG: cute.Tensor,
         mO: cute.Tensor,
-        *rest: Any,  # Numbers, one by one, and the stream
+        *rest: Any,  # Numbers, and Kept with checkpoints, one by one, and the stream
     ):
-        numbers, stream = Numbers(*rest[:-1]), rest[-1]
+        count, stream = len(Numbers._fields), rest[-1]
+        numbers, kept = Numbers(*rest[:count]), Kept(*rest[count:-1]) if self.config.checkpoints else None
         load, store, g_cols = (
             cpasync.CopyBulkTensorTileG2SOp(),
             cpasync.CopyBulkTensorTileS2GOp(),
@@ -102,7 +103,7 @@ class KdaFwdSm90:
         self.kernel(
             q_tma[0], q_tma[1], k_tma[0], k_tma[1], v_tma[0], v_tma[1], g_tma[0], g_tma[1], o_tma[0], o_tma[1],
             mQ, mK, mV, mG, mO,
-            numbers,
+            numbers, kept,
             tiled_mma(2 * C, OperandMajorMode.K), tiled_mma(C, OperandMajorMode.K), tiled_mma(D, OperandMajorMode.MN),
         ).launch(
             grid=[blocks * self.pipe.blocks, 1, 1], block=[self.pipe.threads, 1, 1], cluster=[self.pipe.blocks, 1, 1],
@@ -120,7 +121,7 @@ class KdaFwdSm90:
         g_tma: cute.CopyAtom, tG: cute.Tensor,
         o_tma: cute.CopyAtom, tO: cute.Tensor,
         mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mG: cute.Tensor, mO: cute.Tensor,
-        numbers: Numbers, mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
+        numbers: Numbers, kept: Kept | None, mma_ks: cute.TiledMma, mma_tm: cute.TiledMma, mma_s: cute.TiledMma,
     ):  # fmt: skip
         pipe = self.pipe
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -162,7 +163,7 @@ class KdaFwdSm90:
         T = cute.size(mO.shape[0])
         items, cu_seqlens, flags = numbers.items, numbers.cu_seqlens, numbers.flags
         schedule.share(sPlan, items, H, T, cu_seqlens, numbers.workspace, flags, *pipe.worker())
-        work = Listed(self.config.checkpoints, sPlan, bars.listed, bars.taken)
+        work = Listed(bool(self.config.checkpoints), sPlan, bars.listed, bars.taken)
         gate_inputs = gate.Inputs.of(numbers)
         cute.arch.sync_threads()
         if const_expr(pipe.blocks == 2):  # the barriers are there
@@ -177,7 +178,8 @@ class KdaFwdSm90:
                 if cu_seqlens != 0:
                     schedule.clear_rest(self.clear, (mO, H), cu_seqlens, items // H, T, flags, *ptx.block())
             elif warp == 1:
-                roles_prepare.invert(pipe, shared, numbers.beta, numbers.scale, flags, H, T, work)
+                beta = scalars.Beta(numbers.beta, numbers.beta_batch, numbers.beta_row)
+                roles_prepare.invert(pipe, shared, beta, numbers.scale, flags, work)
             else:
                 if const_expr(pipe.blocks == 1):
                     roles_prepare.gates(pipe, warp - 2, shared, gate_inputs, work)
@@ -195,7 +197,7 @@ class KdaFwdSm90:
                 cute.arch.setmaxregister_increase(pipe.registers.state)
             roles_state.state(
                 pipe, (warp - 4 - 4 * pipe.prepare_wgs) // 4, shared, out, (mma_ks, mma_tm, mma_s), o_tma, tO, mO,
-                numbers, H, work, (mQ, mK, mG, mV),
+                numbers, kept, work, (mQ, mK, mG, mV),
             )  # fmt: skip
         if const_expr(pipe.blocks == 2):  # the other block may have something to send or to release here still
             cute.arch.cluster_arrive()
@@ -215,7 +217,7 @@ def compile(config: KdaFwdConfig, arch: str = "sm_90a"):  # noqa: A001
     """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
     kernel = KdaFwdSm90(config)
     return cute.compile(
-        kernel, *fake_tensors(config, "qkvgo"), *zeros(Numbers),
+        kernel, *fake_tensors(config, "qkvgo"), *zeros(Numbers), *(zeros(Kept) if config.checkpoints else ()),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )  # fmt: skip

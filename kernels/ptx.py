@@ -174,6 +174,13 @@ def address(base: Int64, index: Int32, size: int, *, loc=None, ip=None) -> Int64
 
 
 @dsl_user_op
+def at_slot(base: Int64, slot: Int32, pitch: Int64, *, loc=None, ip=None) -> Int64:
+    """base + slot * pitch, computed here and nowhere earlier."""
+    text = "{ .reg .b64 t; cvt.s64.s32 t, $2; mad.lo.s64 $0, t, $3, $1; }"
+    return _asm(text, [Int64], [base, slot, pitch], "=l,l,r,l", True, loc, ip)
+
+
+@dsl_user_op
 def here(x: Int32, *, loc=None, ip=None) -> Int32:
     """x: what is computed from it is computed here and nowhere earlier."""
     return _asm("mov.b32 $0, $1;", [Int32], [x], "=r,r", True, loc, ip)
@@ -189,6 +196,11 @@ def thread(*, loc=None, ip=None) -> Int32:
 def block(*, loc=None, ip=None) -> tuple[Int32, Int32]:
     """The block's index, and how many there are, read here and nowhere earlier."""
     return _asm("mov.u32 $0, %ctaid.x; mov.u32 $1, %nctaid.x;", [Int32, Int32], [], "=r,=r", True, loc, ip)
+
+
+@dsl_user_op
+def ldg_u8(at: Int64, *, loc=None, ip=None) -> Uint32:
+    return _asm("ld.global.u8 $0, [$1];", [Uint32], [at], "=r,l", True, loc, ip)
 
 
 @dsl_user_op
@@ -294,6 +306,11 @@ def ldg_f32x4(at: Int64, *, loc=None, ip=None) -> F4:
 @dsl_user_op
 def stg_f32x4(at: Int64, x: F4, *, loc=None, ip=None) -> None:
     _asm("st.global.v4.f32 [$0], {$1, $2, $3, $4};", [], [at, *x], "l,f,f,f,f,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def stg_f32(at: Int64, x: Float32, *, loc=None, ip=None) -> None:
+    _asm("st.global.f32 [$0], $1;", [], [at, x], "l,f,~{memory}", True, loc, ip)
 
 
 @dsl_user_op

@@ -6,9 +6,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
-from . import fragments, gate, ptx, scalars, state_io
+from . import checkpoints, fragments, gate, ptx, scalars
 from .arguments import Numbers
-from .layout import STATE_BAR, C, D
+from .layout import STATE_BAR, D
 
 
 def is_finite(acc: cute.Tensor) -> Boolean:
@@ -22,36 +22,38 @@ def is_finite(acc: cute.Tensor) -> Boolean:
 @cute.jit
 def token_by_token(
     pipe: cutlass.Constexpr, acc: cute.Tensor, inputs, numbers: Numbers, mO: cute.Tensor, begin: Int32, start: Int32,
-    tokens: Int32, h: Int32, b: Int32, wg: Int32, scratch: Int32, kept,
+    end: Int32, h: Int32, b: Int32, wg: Int32, scratch: Int32, keeping,
 ):  # fmt: skip
-    """A piece by the definition, in fp32, from what is in global memory: some twenty times slower. o from `start`.
+    """Tokens `begin` to `end` - 1 by the definition, in fp32, from what is in global memory: some twenty times slower.
+    o, and states that are kept, from `start`, where the piece begins that `keeping` is of.
 
         S <- S diag(exp g_t)     u_t = beta_t (v_t - S k_t)     S <- S + u_t k_t^T     o_t = scale S q_t
 
-    acc: a warpgroup's 64 rows of S, as in `state`. scratch: 1.5 KiB of shared memory.
+    acc: a warpgroup's 64 rows of S, as in `state`. keeping: None, or a checkpoints.Keeping. scratch: 1.5 KiB of
+    shared memory.
     A lane has two rows of S, every fourth pair of channels. What a token does to a channel is made by a thread for
     all rows, in shared memory. Where squares overflow, those of smaller numbers are taken.
     """
     mQ, mK, mG, mV = inputs
-    beta, dt_bias, scale, flags = numbers.beta, numbers.dt_bias, numbers.scale, numbers.flags
+    dt_bias, scale, flags = numbers.dt_bias, numbers.scale, numbers.flags
+    beta = scalars.Beta(numbers.beta, numbers.beta_batch, numbers.beta_row)
     gate_inputs = gate.Inputs.of(numbers)
     K, h, b, thread = pipe.config.K, ptx.here(h), ptx.here(b), ptx.thread() % 128
-    H, T = cute.size(mV.shape[2]), cute.size(mV.shape[0])
-    h_qk, lane = h // (H // cute.size(mK.shape[2])), thread % 32
+    h_qk, lane = h // (cute.size(mV.shape[2]) // cute.size(mK.shape[2])), thread % 32
     row, col = (pipe.rank() + wg) * 64 + thread // 32 * 16 + lane // 4, lane % 4 * 2
     slope, shift = gate.slope_of_head(pipe.form, gate_inputs, h)
     bias = Float32(0.0)
     if (dt_bias != 0) & (thread < K):
         bias = fragments.global_f32(dt_bias, Int64(h * K + thread))
     bias = gate.bias(pipe.form, slope, shift, bias)
-    for t in cutlass.range(begin, start + tokens, unroll=1):
-        if const_expr(pipe.config.checkpoints):
-            before, first, every, states = kept
-            c = before + (t - start) // C
-            if (t >= start) & ((t - start) % C == 0) & (c % every == 0):
-                state_io.store_checkpoint(
-                    acc, pipe.config, states, (first + c // every) * H + h, pipe.rank() + wg, flags
-                )
+    next_kept = Int32(checkpoints.NEVER)
+    if const_expr(keeping is not None):
+        next_kept = checkpoints.next_at(pipe.config, keeping, keeping.before)
+    for t in cutlass.range(begin, end, unroll=1):
+        if const_expr(keeping is not None):
+            if t - start + keeping.before == next_kept:
+                checkpoints.keep(acc, pipe.config, keeping, next_kept)
+                next_kept = checkpoints.next_at(pipe.config, keeping, next_kept + 1)
         k2, q2, k2_small, q2_small = (Float32(0.0) for _ in range(4))
         for i in cutlass.range(lane, K, 32, unroll=1):
             k, q = Float32(mK[t, i, h_qk, b]), Float32(mQ[t, i, h_qk, b])
@@ -67,7 +69,7 @@ def token_by_token(
             ptx.sts_f32(scratch + thread * 4, ptx.ex2(a))
             ptx.sts_f32(scratch + (D + thread) * 4, k * k_norm[0] * k_norm[1])
             ptx.sts_f32(scratch + (2 * D + thread) * 4, q * q_norm[0] * q_norm[1] * scale)
-        raw = scalars.load_beta(beta, (Int64(b) * T + t) * H + h, H, Int32(0), Int32(1), flags)
+        raw = scalars.load_beta(beta, beta.at(b, t, h), Int32(0), Int32(1), flags)
         beta_t = scalars.beta_of(raw, True, flags)
         v = [Float32(mV[t, row + 8 * r, h, b]) for r in range(2)]
         cute.arch.barrier(barrier_id=STATE_BAR + wg, number_of_threads=128)

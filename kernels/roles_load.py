@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 from . import pipeline, ptx, schedule, segments, state_io
 from .arguments import Numbers
 from .barriers import Barriers
-from .config import MAPS_BUILT
+from .config import INDEX_INT64, INITIAL, MAPS_BUILT
 from .layout import BOX, C, D
 from .pipeline import Shared
 from .schedule import AT_END, AT_SEGMENT, SPAN, Entry, Fate, Listed, Piece, Work
@@ -30,13 +30,11 @@ def load(pipe: cutlass.Constexpr, sources, shared: Shared, work: Listed, numbers
         if (segment != 0) & ((flags & MAPS_BUILT) != 0):
             built = ptx.uniform(ptx.ldg_i32(segments.map_word(workspace, most_workers, pipe.worker()[0])))
     count = work.count() - segment
-    piece = Piece(ptx.lds_i32(sPlan + AT_END), *(Int32(0) for _ in range(8)))  # there is none before the first
-    checkpoint = Int32(0)  # the first one of the sequence
+    piece, slot = Piece.none(ptx.lds_i32(sPlan + AT_END)), Int32(0)  # there is none before the first
     readers_end = Int32(0)  # of what there is to tell about the first piece of an item
     for nth in cutlass.range(count + 1, unroll=1):
         # finds a piece; lists the one before, with what `state` can prefetch for this one, and loads it
-        found = Piece.none(piece.next_at)
-        next_checkpoint = Int32(0)
+        found, next_slot, address = Piece.none(piece.next_at), Int32(0), Int64(0)
         if nth < count:
             last = segment - (count - 1 - nth)  # 1 for a segment, 0 for its warm-up
             found = schedule.find_piece(
@@ -44,20 +42,49 @@ def load(pipe: cutlass.Constexpr, sources, shared: Shared, work: Listed, numbers
             )
             if const_expr(pipe.blocks == 1):
                 found = with_map(found, built)
-            if const_expr(pipe.config.checkpoints):
-                next_checkpoint = ptx.ldg_i32(numbers.first_checkpoints + Int64(found.nh // H) * 4)
-            found = found._replace(nh=state_io.pooled(found.nh, H, numbers.state_indices, numbers.P))
+            found, next_slot = of_state(found, numbers)
+            initial = state_io.State(numbers.initial_state, numbers.initial_pitch, next_slot, found.h)
+            if (found.fate & ~(Fate.FINAL | Fate.HANDED_ON | Fate.COMPARED)) == 0:
+                address = initial_address(pipe.config, initial, flags)
         if nth > 0:
-            next_nh = found.nh
-            if (found.fate & ~(Fate.FINAL | Fate.HANDED_ON | Fate.COMPARED)) != 0:
-                next_nh = Int32(-1)
             if (piece.fate & (Fate.COMPARED | Fate.SEGMENT)) == Fate.COMPARED:
                 readers_end = piece.span // SPAN + 1
-            entry = Entry(*piece[1:7], next_nh, *piece[7:], checkpoint)
-            work.put(nth - 1, entry)
+            work.put(nth - 1, entry_of(piece, slot, address))
         stage, phase, n = load_piece(pipe, sources, boxes, bars, piece, stage, phase, n)
-        piece, checkpoint = found, next_checkpoint
+        piece, slot = found, next_slot
     finish(pipe, count, segment, readers_end, sources, boxes, bars, stage, phase, n, work, workspace, most_workers)
+
+
+@cute.jit
+def of_state(found: Piece, numbers: Numbers):
+    """(the piece, the slot of its state). Nothing is done for a piece of a null sequence: it is without tokens, whose
+    number takes the slot's place."""
+    tokens, fate = found.tokens, found.fate
+    slot = state_io.slot_of(found.n, numbers.state_indices, numbers.P, numbers.flags, INDEX_INT64)
+    if state_io.begins_with_zero(found.n, numbers.has_initial_state):
+        fate |= Fate.FROM_ZERO
+    if slot < 0:
+        slot = tokens
+        if (fate & Fate.WARM_UP) != 0:
+            slot = Int32(0)
+        tokens, fate = Int32(0), Int32(Fate.NULL)
+    return found._replace(tokens=tokens, fate=fate), slot
+
+
+@cute.jit
+def initial_address(config: cutlass.Constexpr, state: state_io.State, flags: Int32) -> Int64:
+    address = Int64(0)
+    if state.address != 0:
+        address = state_io.address_of(config, state, flags, INITIAL)
+    return address
+
+
+def entry_of(piece: Piece, slot: Int32, next_state: Int64) -> Entry:
+    """next_state: address of the initial state that comes next."""
+    return Entry(
+        piece.start, piece.tokens, piece.h, piece.b, slot, piece.fate, Int32(next_state), Int32(next_state >> 32),
+        piece.span, piece.skipped, piece.n,
+    )  # fmt: skip
 
 
 @cute.jit
@@ -142,16 +169,22 @@ def finish(
         cute.arch.sync_warp()
         entry = work.entry(count - 1)
         tokens, fate = entry.tokens, entry.fate
-        again, not_needed = segments.judge(pipe.team, workspace, most_workers, sPlan, bars.settled, entry.span, fate)
+        again, not_needed, slot = Int32(0), Int32(0), entry.slot
         handed_on = (fate & Fate.HANDED_ON) != 0
-        fate = fate & (Fate.HANDED_ON | Fate.COMPARED)
-        if not handed_on:
-            fate = Int32(Fate.FINAL)
-        if again != 0:
-            fate |= Fate.AGAIN
+        if (fate & Fate.NULL) != 0:
+            slot = Int32(0)
         else:
-            fate, tokens = Fate.KEPT | (fate & Fate.FINAL), Int32(0)
-        entry = entry._replace(tokens=tokens, fate=fate)
+            again, not_needed = segments.judge(
+                pipe.team, workspace, most_workers, sPlan, bars.settled, entry.span, fate
+            )
+            fate = fate & (Fate.HANDED_ON | Fate.COMPARED)
+            if not handed_on:
+                fate = Int32(Fate.FINAL)
+            if again != 0:
+                fate |= Fate.AGAIN
+            else:
+                fate, tokens = Fate.KEPT | (fate & Fate.FINAL), Int32(0)
+        entry = entry._replace(tokens=tokens, slot=slot, fate=fate)
         work.put(count, entry)
         load_piece(pipe, sources, boxes, bars, entry, stage, phase, n)
         if not_needed != 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from . import barriers, chunk, fragments, gate, inverse, pipeline, ptx, scalars
 from .layout import ANCHORS, NORM, PAIR_BAR, SQUARES, SYSTEM, SYSTEMS, TABLES, C, phase_of, slot_of
@@ -121,9 +121,7 @@ def prepare(pipe: cutlass.Constexpr, warp: Int32, shared: Shared, inputs: gate.I
 
 
 @cute.jit
-def invert(
-    pipe: cutlass.Constexpr, shared: Shared, beta: Int64, scale: Float32, flags: Int32, H: Int32, T: Int32, work: Work
-):
+def invert(pipe: cutlass.Constexpr, shared: Shared, beta: scalars.Beta, scale: Float32, flags: Int32, work: Work):
     """One warp: T of each own chunk, and what else rows and columns of the chunk are multiplied with."""
     ring, sTables, bars = shared.ring.toint(), shared.tables, shared.bars
     lane = cute.arch.lane_idx()
@@ -132,16 +130,16 @@ def invert(
         piece = work.piece(nth)
         tokens = piece.tokens
         first, end = pipeline.first_own(n, pipe.rank(), pipe.blocks), n + cute.ceil_div(tokens, C)
-        beta_at = (Int64(piece.b) * T + piece.start - n * C) * H + piece.h
+        beta_at = beta.at(piece.b, piece.start - n * C, piece.h)
         tokens += n * C  # from the block's first chunk on, as c
-        next_beta = scalars.load_beta(beta, beta_at, H, first * C + lane, tokens, flags)
+        next_beta = scalars.load_beta(beta, beta_at, first * C + lane, tokens, flags)
         for c in cutlass.range(first, end, pipe.blocks, unroll=1):
             own = c // pipe.blocks
             stage, slot = pipeline.own_stage(pipe, own), slot_of(own, SYSTEMS)
             system = shared.systems + slot * SYSTEM
             norm_at = sTables + stage * TABLES + NORM
             raw_beta = next_beta
-            next_beta = scalars.load_beta(beta, beta_at, H, (c + pipe.blocks) * C + lane, tokens, flags)
+            next_beta = scalars.load_beta(beta, beta_at, (c + pipe.blocks) * C + lane, tokens, flags)
             # what makes the stage's tables ours: `state` has left them, the loads have come
             cute.arch.mbarrier_wait(bars.raw_full + stage, pipeline.own_phase(pipe, own))
             cute.arch.mbarrier_wait(bars.a_full + slot, phase_of(own, SYSTEMS))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind
 
-from . import fragments, pipeline, ptx, recurrence, segments, state_io, update
-from .arguments import Numbers
+from . import checkpoints, fragments, pipeline, ptx, recurrence, segments, state_io, update
+from .arguments import Kept, Numbers
 from .barriers import Barriers
 from .layout import BOX, DECAY, NORM, STATE_BAR, TABLES, C, D
 from .pipeline import Shared
@@ -18,7 +18,7 @@ from .schedule import AT_GUESSED, AT_WARM_UP, Entry, Fate, Listed
 
 @cute.jit
 def state(
-    pipe: cutlass.Constexpr, wg: Int32, shared: Shared, out, mmas, o_tma, tO, mO, numbers: Numbers, H: Int32,
+    pipe: cutlass.Constexpr, wg: Int32, shared: Shared, out, mmas, o_tma, tO, mO, numbers: Numbers, kept: Kept,
     work: Listed, inputs,
 ):  # fmt: skip
     """A warpgroup holds 64 value rows of S as accumulators; products are transposed, value rows by tokens.
@@ -34,9 +34,7 @@ def state(
     after the other, for any input.
     """
     ring, sTables, bars = shared.ring, shared.tables, shared.bars
-    initial_state, checkpoints, every, flags = (
-        numbers.initial_state, numbers.checkpoints, numbers.every, numbers.flags
-    )  # fmt: skip
+    flags = numbers.flags
     mma_ks, mma_tm, mma_s = mmas
     thread = cute.arch.thread_idx()[0] % 128
     warp, lane = thread // 32, cute.arch.lane_idx()
@@ -68,11 +66,17 @@ def state(
     for nth in cutlass.range(work.count(), unroll=1):
         piece = work.piece(nth)
         start, tokens, h, b, fate = piece.start, piece.tokens, piece.h, piece.b, piece.fate
-        kept = piece.skipped, piece.checkpoint, every, checkpoints
         chunks = cute.ceil_div(tokens, C)
         place = numbers.workspace, numbers.workers, wg, thread
-        guessed, source = begin(pipe, acc_s, forget, piece, place, initial_state, work, wg, warp, lane, vs, flags)
-        state_io.prefetch(pipe.config, initial_state, piece.next_nh, vs, flags)
+        guessed, source = begin(pipe, acc_s, forget, piece, place, numbers, work, wg, warp, lane, vs)
+        state_io.prefetch(pipe.config, ptx.pair(piece.next_lo, piece.next_hi), vs, flags)
+        if (fate & Fate.NULL) != 0:
+            clear_rows(mO, start, piece.slot, h, b, vs, thread)
+        keeping, next_kept = None, Int32(checkpoints.NEVER)
+        if const_expr(pipe.config.checkpoints):
+            keeping = checkpoints.of_piece(pipe.config, kept, piece, vs, flags)
+            if (fate & (Fate.WARM_UP | Fate.NULL | Fate.KEPT)) == 0:
+                next_kept = checkpoints.next_at(pipe.config, keeping, keeping.before)
         forget = Float32(1.0)  # the decay of all chunks of the piece, of channel `thread`
         written = tokens  # of o
         if (fate & Fate.WARM_UP) != 0:
@@ -80,11 +84,17 @@ def state(
         sO_, gO_ = pipeline.boxes_of(o_tma, tO[None, None, h, b], start, 64, sO)
         for c in cutlass.range(chunks, unroll=1):
             if const_expr(pipe.config.checkpoints):
-                before, first = piece.skipped + c, piece.checkpoint
-                if (before % every == 0) & ((fate & Fate.WARM_UP) == 0):
-                    state_io.store_checkpoint(
-                        acc_s, pipe.config, checkpoints, (first + before // every) * H + h, vs, flags
-                    )
+                before = keeping.before + c * C
+                if const_expr(pipe.config.checkpoints == "every"):
+                    if next_kept == before:
+                        checkpoints.keep(acc_s, pipe.config, keeping, before)
+                        next_kept = checkpoints.next_at(pipe.config, keeping, before + 1)
+                else:
+                    while next_kept < cutlass.min(before + C, keeping.before + tokens):
+                        keep_in_chunk(
+                            pipe, acc_s, piece, before, next_kept, numbers, inputs, mO, wg, warp, o_row, keeping
+                        )
+                        next_kept = checkpoints.next_at(pipe.config, keeping, next_kept + 1)
             stage, phase, is_own, prepared, inverted = pipeline.made(pipe, bars, n)
             cute.arch.mbarrier_wait(prepared, phase)
             update.begin_product(mma_ks, acc_ro, acc_s, fS, bKQ[None, None, None, stage])  # [Kd S^T | Qd S^T]^T
@@ -134,19 +144,22 @@ def state(
             ptx.sts_i32(work.plan + AT_WARM_UP, start)
         elif not ptx.all_of(recurrence.is_finite(acc_s), STATE_BAR + wg):
             if (fate & Fate.KEPT) == 0:
-                run_again(pipe, acc_s, piece, place, source, numbers, work, inputs, mO, wg, warp, vs, o_row, kept)
-        end(pipe, acc_s, piece, place, guessed, numbers.final_state, work, bars, wg, warp, lane, vs, flags)
+                run_again(pipe, acc_s, piece, place, source, numbers, work, inputs, mO, wg, warp, vs, o_row, keeping)
+        if const_expr(pipe.config.checkpoints == "offsets"):
+            if next_kept == keeping.before + tokens:  # the state that the piece ends with
+                checkpoints.keep(acc_s, pipe.config, keeping, next_kept)
+        end(pipe, acc_s, piece, place, guessed, numbers, work, bars, wg, warp, lane, vs)
     cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cute.jit
 def begin(
-    pipe: cutlass.Constexpr, acc_s: cute.Tensor, forget: Float32, piece: Entry, place, initial_state: Int64,
-    work: Listed, wg: Int32, warp: Int32, lane: Int32, vs: Int32, flags: Int32,
+    pipe: cutlass.Constexpr, acc_s: cute.Tensor, forget: Float32, piece: Entry, place, numbers: Numbers, work: Listed,
+    wg: Int32, warp: Int32, lane: Int32, vs: Int32,
 ):  # fmt: skip
     """Makes acc_s the state before a piece: (whether it is a guess; where it comes from, if neither from that nor from
-    `initial_state`). A segment finds in acc_s what the chunks before come to, in `forget` their decay."""
-    fate, nh = piece.fate, piece.nh
+    the initial states). A segment finds in acc_s what the chunks before come to, in `forget` their decay."""
+    fate = piece.fate
     guessed, source = Boolean(False), fate & (Fate.TAKEN_OVER | Fate.AGAIN)
     if (fate & Fate.SEGMENT) != 0:
         guessed = ptx.all_of(forget < segments.FORGOTTEN, STATE_BAR + wg)
@@ -162,21 +175,26 @@ def begin(
             cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
         segments.take(pipe.team, acc_s, place, source)
     elif (fate & (Fate.SEGMENT | Fate.KEPT)) == 0:
-        whence = initial_state
-        if ((fate & Fate.WARM_UP) != 0) | (nh < 0):
-            whence = Int64(0)
-        state_io.load(acc_s, pipe.config, whence, nh, vs, flags)
+        state_io.load(acc_s, pipe.config, initial_of(numbers, piece), vs, numbers.flags)
     return guessed, source
+
+
+@cute.jit
+def initial_of(numbers: Numbers, piece: Entry) -> state_io.State:
+    """What a piece begins with that is its sequence's first."""
+    address = numbers.initial_state
+    if (piece.fate & (Fate.WARM_UP | Fate.FROM_ZERO | Fate.NULL)) != 0:
+        address = Int64(0)
+    return state_io.State(address, numbers.initial_pitch, piece.slot, piece.h)
 
 
 @cute.jit
 def run_again(
     pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, place, source: Int32, numbers: Numbers, work: Listed,
-    inputs, mO: cute.Tensor, wg: Int32, warp: Int32, vs: Int32, o_row: Int32, kept,
+    inputs, mO: cute.Tensor, wg: Int32, warp: Int32, vs: Int32, o_row: Int32, keeping,
 ):  # fmt: skip
     """A piece token by token, from what it began with."""
-    start, tokens, h, b, nh, fate = piece.start, piece.tokens, piece.h, piece.b, piece.nh, piece.fate
-    flags = numbers.flags
+    start, h, fate, flags = piece.start, piece.h, piece.fate, numbers.flags
     if warp == 0:
         cute.arch.cp_async_bulk_wait_group(0)  # o of the first time has been written
     first = start
@@ -184,22 +202,43 @@ def run_again(
         segments.read(pipe.team, acc_s, place, source)
     elif (fate & Fate.SEGMENT) != 0:  # which has guessed
         first = ptx.lds_i32(work.plan + AT_WARM_UP)
-        state_io.load(acc_s, pipe.config, Int64(0), nh, vs, flags)
+        for i in cutlass.range_constexpr(64):
+            acc_s[i] = Float32(0.0)
     else:
-        whence = numbers.initial_state
-        if nh < 0:
-            whence = Int64(0)
-        state_io.load(acc_s, pipe.config, whence, nh, vs, flags)
-    recurrence.token_by_token(pipe, acc_s, inputs, numbers, mO, first, start, tokens, h, b, wg, o_row, kept)
+        state_io.load(acc_s, pipe.config, initial_of(numbers, piece), vs, flags)
+    recurrence.token_by_token(
+        pipe, acc_s, inputs, numbers, mO, first, start, start + piece.tokens, h, piece.b, wg, o_row, keeping
+    )
+
+
+@cute.jit
+def keep_in_chunk(
+    pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, before: Int32, at: Int32, numbers: Numbers, inputs,
+    mO: cute.Tensor, wg: Int32, warp: Int32, o_row: Int32, keeping: checkpoints.Keeping,
+):  # fmt: skip
+    """Keeps the state before token `at` of the sequence; acc_s is that before `before`, in the same chunk."""
+    scratch = checkpoints.scratch_at(keeping.kept, ptx.block()[0] * pipe.state_wgs + wg)
+    if at != before:
+        checkpoints.save(acc_s, scratch)
+        if warp == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # o has left what is scratch now
+        first = piece.start + before - keeping.before
+        recurrence.token_by_token(
+            pipe, acc_s, inputs, numbers, mO, first, Int32(checkpoints.NEVER), first + at - before, piece.h, piece.b,
+            wg, o_row, None,
+        )  # fmt: skip
+    checkpoints.keep(acc_s, pipe.config, keeping, at)
+    if at != before:
+        checkpoints.restore(acc_s, scratch)
 
 
 @cute.jit
 def end(
-    pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, place, guessed: Boolean, final_state: Int64,
-    work: Listed, bars: Barriers, wg: Int32, warp: Int32, lane: Int32, vs: Int32, flags: Int32,
+    pipe: cutlass.Constexpr, acc_s: cute.Tensor, piece: Entry, place, guessed: Boolean, numbers: Numbers, work: Listed,
+    bars: Barriers, wg: Int32, warp: Int32, lane: Int32, vs: Int32,
 ):  # fmt: skip
     """What becomes of S behind a piece."""
-    fate, nh = piece.fate, piece.nh
+    fate = piece.fate
     if (fate & (Fate.COMPARED | Fate.AGAIN)) == Fate.COMPARED:
         segments.note(acc_s, work.plan, 0, wg * 4 + warp, lane)
     if (fate & Fate.SEGMENT) != 0:
@@ -209,8 +248,17 @@ def end(
             cute.arch.mbarrier_arrive(bars.settled)
     if (fate & Fate.HANDED_ON) != 0:
         segments.hand_on(pipe.team, acc_s, place, fate, guessed, bars.given)
-    if ((fate & Fate.FINAL) != 0) & (nh >= 0):
-        state_io.store(acc_s, pipe.config, final_state, nh, vs, flags)
+    if (fate & Fate.FINAL) != 0:
+        final = state_io.State(numbers.final_state, numbers.final_pitch, piece.slot, piece.h)
+        state_io.store(acc_s, pipe.config, final, vs, numbers.flags)
+
+
+@cute.jit
+def clear_rows(mO: cute.Tensor, start: Int32, tokens: Int32, h: Int32, b: Int32, vs: Int32, thread: Int32):
+    """o of a null sequence becomes zero."""
+    for t in cutlass.range(thread // 8, tokens, 16, unroll=1):
+        row = mO[start + t, None, h, b]
+        ptx.stg_u32x4((row.iterator + (vs * 64 + thread % 8 * 8)).toint(), (Uint32(0),) * 4)
 
 
 @cute.jit

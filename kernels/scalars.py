@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
@@ -16,16 +18,29 @@ USUAL = 2.0**60
 SMALLER = 2.0**-80  # what numbers are multiplied with whose squares overflow
 
 
+class Beta(NamedTuple):
+    """Where beta is in memory."""
+
+    address: Int64
+    batch: Int64  # elements from one batch entry to the next
+    row: Int32  # and from one token to the next
+
+    def at(self, b: Int32, t: Int32, h: Int32) -> Int64:
+        """The place of a token's beta, in elements."""
+        return Int64(b) * self.batch + Int64(t) * self.row + h
+
+
 @cute.jit
-def load_beta(address: Int64, start: Int64, H: Int32, token: Int32, tokens: Int32, flags: Int32) -> Uint32:
-    """The bits of beta of a token, from global memory; 0 from token `tokens` on. Touched as late as can be."""
+def load_beta(beta: Beta, start: Int64, token: Int32, tokens: Int32, flags: Int32) -> Uint32:
+    """The bits of beta of the token-th token from a place on, from global memory; 0 from token `tokens` on. Touched as
+    late as can be."""
     x = Uint32(0)
     if token < tokens:
-        index = start + Int64(token) * H
+        index = start + Int64(token) * beta.row
         if (flags & (BETA_BF16 | BETA_FP16)) != 0:
-            x = ptx.ldg_u16(address + index * 2)
+            x = ptx.ldg_u16(beta.address + index * 2)
         else:
-            x = ptx.ldg_u32(address + index * 4)
+            x = ptx.ldg_u32(beta.address + index * 4)
     return x
 
 

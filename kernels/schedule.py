@@ -46,6 +46,8 @@ class Fate:
     KEPT = 1 << 6  # a segment that is done: there is no more to do than to store its state
     COMPARED = 1 << 7  # what it comes to is compared with what the next segment began with
     BUILT = 1 << 8  # a segment that begins with the state that maps give
+    FROM_ZERO = 1 << 9  # the sequence has no initial state
+    NULL = 1 << 10  # nor anything else: o is zero, and there is no state
 
 
 class Piece(NamedTuple):
@@ -56,14 +58,14 @@ class Piece(NamedTuple):
     tokens: Int32
     h: Int32
     b: Int32
-    nh: Int32  # number of the state; -1 for none
+    n: Int32  # the sequence
     fate: Int32
     span: Int32  # workers that have pieces of the item
     skipped: Int32  # chunks of the sequence before it
 
     @staticmethod
     def none(next_at: Int32) -> Piece:
-        return Piece(next_at, *(Int32(0) for _ in range(4)), Int32(-1), *(Int32(0) for _ in range(3)))
+        return Piece(next_at, *(Int32(0) for _ in range(8)))
 
 
 class Entry(NamedTuple):
@@ -73,12 +75,13 @@ class Entry(NamedTuple):
     tokens: Int32
     h: Int32
     b: Int32
-    nh: Int32
+    slot: Int32  # of the state; of a null sequence the tokens whose o becomes zero, while `tokens` is 0
     fate: Int32
-    next_nh: Int32  # of the initial state that comes next; -1 for none
-    span: Int32
+    next_lo: Int32  # address of the initial state that comes next; 0 for none
+    next_hi: Int32
+    span: Int32 | None = None  # for `load`
     skipped: Int32 | None = None  # with checkpoints, as is the next one
-    checkpoint: Int32 | None = None  # number of the sequence's first
+    n: Int32 | None = None
 
 
 class Work(Protocol):
@@ -108,15 +111,14 @@ class Listed:
         cute.arch.mbarrier_wait(self.listed + slot_of(nth, PIECES), phase_of(nth, PIECES))
         numbers = (*ptx.lds_i32x4(at), *ptx.lds_i32x4(at + 16))
         if const_expr(self.checkpoints):
-            numbers += ptx.lds_i32x4(at + 32)[:2]
+            numbers += ptx.lds_i32x4(at + 32)[:3]
         cute.arch.mbarrier_arrive(self.taken + slot_of(nth, PIECES))
         return Entry(*(ptx.uniform(x) for x in numbers))
 
     def entry(self, nth: Int32) -> Entry:
         """A piece that this warp has put there, not long ago."""
         at = self.plan + AT_PIECES + slot_of(nth, PIECES) * PIECE
-        numbers, checkpoint = ptx.lds_i32x4(at), ptx.lds_i32x4(at + 32)[:2]
-        return Entry(*numbers, *ptx.lds_i32x4(at + 16), *checkpoint)
+        return Entry(*(x for i in range(3) for x in ptx.lds_i32x4(at + 16 * i)[: 3 if i == 2 else 4]))
 
     @cute.jit
     def put(self, nth: Int32, entry: Entry):
@@ -127,8 +129,7 @@ class Listed:
             to = self.plan + AT_PIECES + slot * PIECE
             ptx.sts_i32x4(to, entry[:4])
             ptx.sts_i32x4(to + 16, entry[4:8])
-            if const_expr(self.checkpoints):
-                ptx.sts_i32x4(to + 32, entry[8:] * 2)
+            ptx.sts_i32x4(to + 32, (*entry[8:], Int32(0)))
             cute.arch.mbarrier_arrive(self.listed + slot)
 
 
@@ -294,7 +295,7 @@ def find_piece(at: Int32, sPlan: Int32, items: Int32, H: Int32, T: Int32, cu_seq
                 skipped -= warm
             else:
                 fate = (fate & ~Fate.FINAL) | Fate.SEGMENT
-    return Piece(next_at, start + skipped * C, tokens - skipped * C, h, b, seq * H + h, fate, span, skipped)
+    return Piece(next_at, start + skipped * C, tokens - skipped * C, h, b, seq, fate, span, skipped)
 
 
 def workers_of(base: Int32, unit: Int32, sPlan: Int32) -> Int32:

@@ -1,16 +1,27 @@
 """States in global memory: a state warpgroup's 64 value rows, from there into accumulators and back.
 
-config: a KdaFwdConfig, for K and V. nh: the number of the state. vs: which 64 value rows of it.
+config: a KdaFwdConfig, for K and V. vs: which 64 value rows of a state.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 
 from . import ptx
-from .config import CHECKPOINTS, FINAL, INITIAL, STATE_V_FIRST
+from .config import CHECKPOINTS, FINAL, INITIAL, NULL_ZERO, STATE_V_FIRST
+
+
+class State(NamedTuple):
+    """A head's state in memory. All heads of a slot lie one behind the other."""
+
+    address: Int64  # of slot 0; 0: there are no states
+    pitch: Int64  # bytes from a slot to the next
+    slot: Int32
+    h: Int32
 
 
 @cute.jit
@@ -23,52 +34,84 @@ def in_dtype(do: cutlass.Constexpr, flags: Int32, kind: cutlass.Constexpr):
 
 
 @cute.jit
-def pooled(nh: Int32, H: Int32, state_indices: Int64, P: Int32):
-    """The number of a state in memory; -1 if it is not kept. Wrong indices give none."""
-    if state_indices != 0:
-        n = nh // H
-        i = ptx.ldg_i32(state_indices + Int64(n) * 4)
-        nh += (i - n) * H
-        if (i < 0) | (i >= P):
-            nh = Int32(-1)
-    return nh
+def index_at(address: Int64, i: Int32, flags: Int32, wide: cutlass.Constexpr) -> Int64:
+    """The i-th of int32 or, if `flags` have `wide`, int64 numbers."""
+    x = Int64(0)
+    if (flags & wide) != 0:
+        x = ptx.ldg_i64(address + Int64(i) * 8)
+    else:
+        x = Int64(ptx.ldg_i32(address + Int64(i) * 4))
+    return x
 
 
 @cute.jit
-def load(acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
-    """From address, or zeros if there is none."""
+def slot_of(i: Int32, indices: Int64, slots: Int32, flags: Int32, wide: cutlass.Constexpr) -> Int32:
+    """The i-th index, or i without indices; -1 if it is null. Wrong indices are null."""
+    slot = i
+    if indices != 0:
+        x = index_at(indices, i, flags, wide)
+        slot = Int32(x)
+        if (x < Int64((flags & NULL_ZERO) != 0)) | (x >= Int64(slots)):
+            slot = Int32(-1)
+    return slot
+
+
+@cute.jit
+def begins_with_zero(n: Int32, has_initial_state: Int64) -> Boolean:
+    """Whether sequence n has no initial state."""
+    has = Int32(1)
+    if has_initial_state != 0:
+        has = Int32(ptx.ldg_u8(has_initial_state + Int64(n)))
+    return has == 0
+
+
+def state_bytes(config: cutlass.Constexpr, flags: Int32, kind: cutlass.Constexpr) -> Int32:
+    """Of a head."""
+    is_16 = Int32((flags & (1 << kind)) != 0)
+    return Int32(config.K * config.V * 4) >> is_16
+
+
+def address_of(config, state: State, flags: Int32, kind: int) -> Int64:
+    """Of a head's state."""
+    slots = Int64(state.slot) * state.pitch
+    return state.address + slots + Int64(state.h) * Int64(state_bytes(config, flags, kind))
+
+
+@cute.jit
+def load(acc: cute.Tensor, config: cutlass.Constexpr, state: State, vs: Int32, flags: Int32):
+    """A state, or zeros if there are none."""
     for i in cutlass.range_constexpr(64):
         acc[i] = Float32(0.0)
-    if address != 0:
-        move(acc, config, address, nh, vs, INITIAL, flags, True)
+    if state.address != 0:
+        move(acc, config, state, vs, INITIAL, flags, True)
 
 
 @cute.jit
-def store(acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
-    if address != 0:
-        move(acc, config, address, nh, vs, FINAL, flags, False)
+def store(acc: cute.Tensor, config: cutlass.Constexpr, state: State, vs: Int32, flags: Int32):
+    if state.address != 0:
+        move(acc, config, state, vs, FINAL, flags, False)
 
 
-def store_checkpoint(acc: cute.Tensor, config, address: Int64, number: Int32, vs: Int32, flags: Int32) -> None:
-    move(acc, config, address, number, vs, CHECKPOINTS, flags, False)
+def store_checkpoint(acc: cute.Tensor, config, state: State, vs: Int32, flags: Int32) -> None:
+    move(acc, config, state, vs, CHECKPOINTS, flags, False)
 
 
-def move(acc, config, address: Int64, nh: Int32, vs: Int32, kind: int, flags: Int32, from_memory: bool) -> None:
-    in_dtype(lambda dtype: in_order(acc, config, address, nh, vs, dtype, flags, from_memory), flags, kind)
+def move(acc, config, state: State, vs: Int32, kind: int, flags: Int32, from_memory: bool) -> None:
+    in_dtype(lambda dtype: in_order(acc, config, state, vs, dtype, flags, from_memory), flags, kind)
 
 
 @cute.jit
 def in_order(
-    acc: cute.Tensor, config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, dtype: cutlass.Constexpr,
-    flags: Int32, from_memory: cutlass.Constexpr,
+    acc: cute.Tensor, config: cutlass.Constexpr, state: State, vs: Int32, dtype: cutlass.Constexpr, flags: Int32,
+    from_memory: cutlass.Constexpr,
 ):  # fmt: skip
     if (flags & STATE_V_FIRST) != 0:
-        copy(acc, config, address, nh, vs, dtype, True, from_memory)
+        copy(acc, config, state, vs, dtype, True, from_memory)
     else:
-        copy(acc, config, address, nh, vs, dtype, False, from_memory)
+        copy(acc, config, state, vs, dtype, False, from_memory)
 
 
-def copy(acc, config, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool, load: bool) -> None:
+def copy(acc, config, state: State, vs: Int32, dtype, v_first: bool, load: bool) -> None:
     """A lane's elements of one state in global memory, in the accumulators' order: pairs of channels, which are
     neighbours in memory if V comes first. Constant offsets from one address, made here of what nothing else shares:
     hoisted out of the loops, the addresses of all cases were spilled."""
@@ -77,7 +120,8 @@ def copy(acc, config, address: Int64, nh: Int32, vs: Int32, dtype, v_first: bool
     size = dtype.width // 8
     thread = ptx.thread()
     v, k = vs * 64 + thread // 32 % 4 * 16 + thread % 32 // 4, thread % 4 * 2
-    base = ptx.address(address, nh, K * V * size) + Int64((v * sv + k * sk) * size)
+    base = ptx.address(ptx.at_slot(state.address, state.slot, state.pitch), state.h, K * V * size)
+    base = base + Int64((v * sv + k * sk) * size)
     for i in range(0, K // 2, 2):
         at = base + (i // 2 % 2 * 8 * sv + i // 4 * 8 * sk) * size
         if load:
@@ -95,13 +139,13 @@ def read(acc, i: int, address: Int64, at: Int64, dtype) -> None:
 
 
 @cute.jit
-def prefetch(config: cutlass.Constexpr, address: Int64, nh: Int32, vs: Int32, flags: Int32):
-    """A warpgroup's half of an initial state, if there is any, into L2. Without a branch: with one, ptxas takes
-    vector registers for all that is uniform in the whole kernel, and spills."""
+def prefetch(config: cutlass.Constexpr, address: Int64, vs: Int32, flags: Int32):
+    """A warpgroup's half of the initial state at an address, 0 for none, into L2. Without a branch: with one, ptxas
+    takes vector registers for all that is uniform in the whole kernel, and spills."""
     size = Int32(64 * config.K * 4)
     if (flags & (1 << INITIAL)) != 0:  # 16 bits
         size = Int32(64 * config.K * 2)
     for i in cutlass.range_constexpr(2):
         offset = ptx.thread() % 128 * 128 + i * 128 * 128
-        exists = (address != 0) & (nh >= 0) & (offset < size)
-        ptx.prefetch_l2(address + Int64(config.V // 64 * nh + vs) * size + Int64(offset), exists)
+        exists = (address != 0) & (offset < size)
+        ptx.prefetch_l2(address + Int64(vs) * size + Int64(offset), exists)

@@ -38,13 +38,15 @@ def _fwd(**x: Any) -> Any:
 
 def _out(**kwargs: Any) -> Any:
     out, state = torch.zeros_like(kwargs["v"]), torch.zeros_like(kwargs["initial_state"])
-    torch.ops.kda_cute.chunk_kda_out(*operator_arguments(kwargs), out, state)
+    torch.ops.kda_cute.chunk_kda_out(*operator_arguments(kwargs), out, state, None, None, None)
     return out, state
 
 
 def _recurrent_out(**kwargs: Any) -> Any:
     out, state = torch.zeros_like(kwargs["v"]), torch.zeros_like(kwargs["initial_state"])
-    torch.ops.kda_cute.fused_recurrent_kda_out(*operator_arguments({**kwargs, "safe_gate": False}), out, state, None)
+    torch.ops.kda_cute.fused_recurrent_kda_out(
+        *operator_arguments({**kwargs, "safe_gate": False}), out, state, None, None, None, None
+    )
     return out, state
 
 

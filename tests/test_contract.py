@@ -172,15 +172,102 @@ BAD = {
     "indices-list": (VARLEN, dict(state_indices=[0, 1]), TypeError, "state_indices is a list"),
     "indices-dtype": (
         VARLEN,
-        dict(state_indices=torch.tensor([0, 1])),
+        dict(state_indices=torch.tensor([0.0, 1.0])),
         TypeError,
-        "state_indices is int64: must be int32",
+        "state_indices is float32: must be int32 or int64",
     ),
     "indices-shape": (
         VARLEN,
         dict(state_indices=zeros(3, dtype=torch.int32)),
         ValueError,
         r"state_indices has shape \[3\]: must be \[2\], \[N\]",
+    ),
+    "indices-of-tokens": (
+        VARLEN,
+        dict(state_indices=zeros(2, 3, dtype=torch.int32), initial_state=zeros(5, H, D, D, dtype=fp32)),
+        ValueError,
+        r"state_indices has shape \[2, 3\]: must be \[2\], \[N\]$",
+    ),
+    "null-index": (VARLEN, dict(null_index=1), ValueError, "null_index is 1: must be -1 or 0"),
+    "null-index-None": (VARLEN, dict(null_index="0"), ValueError, "null_index is '0': must be -1 or 0"),
+    "has-no-state": (
+        SAFE,
+        dict(has_initial_state=zeros(B, dtype=torch.bool), initial_state=None),
+        ValueError,
+        "initial_state is None: must be given with has_initial_state",
+    ),
+    "has-dtype": (
+        SAFE,
+        dict(has_initial_state=zeros(B, dtype=torch.int32), initial_state=zeros(B, H, D, D, dtype=fp32)),
+        TypeError,
+        "has_initial_state is int32: must be bool",
+    ),
+    "has-shape": (
+        VARLEN,
+        dict(has_initial_state=zeros(3, dtype=torch.bool), initial_state=zeros(2, H, D, D, dtype=fp32)),
+        ValueError,
+        r"has_initial_state has shape \[3\]: must be \[2\], \[N\]",
+    ),
+    # checkpoints at offsets
+    "offsets-without-state": (
+        VARLEN,
+        dict(checkpoint_offsets=zeros(2, dtype=torch.int32)),
+        ValueError,
+        "checkpoint_state is None: must be a tensor with checkpoint_offsets",
+    ),
+    "state-without-offsets": (
+        VARLEN,
+        dict(checkpoint_state=zeros(2, H, D, D, dtype=fp32)),
+        ValueError,
+        "checkpoint_state is given: must be None without checkpoint_offsets",
+    ),
+    "offsets-shape": (
+        VARLEN,
+        dict(checkpoint_offsets=zeros(3, dtype=torch.int32), checkpoint_state=zeros(2, H, D, D, dtype=fp32)),
+        ValueError,
+        r"checkpoint_offsets has shape \[3\]: must be \[2\], \[N\], or",
+    ),
+    "offsets-dtype": (
+        VARLEN,
+        dict(checkpoint_offsets=zeros(2, dtype=fp32), checkpoint_state=zeros(2, H, D, D, dtype=fp32)),
+        TypeError,
+        "checkpoint_offsets is float32: must be int32 or int64",
+    ),
+    "checkpoint-shape": (
+        VARLEN,
+        dict(checkpoint_offsets=zeros(2, 3, dtype=torch.int32), checkpoint_state=zeros(2, H, D, D, dtype=fp32)),
+        ValueError,
+        r"checkpoint_state has shape \[2, 2, 128, 128\]: must be \[2, 3, 2, 128, 128\]",
+    ),
+    "checkpoint-indices-shape": (
+        VARLEN,
+        dict(
+            checkpoint_offsets=zeros(2, 3, dtype=torch.int32),
+            checkpoint_indices=zeros(2, dtype=torch.int32),
+            checkpoint_state=zeros(7, H, D, D, dtype=fp32),
+        ),
+        ValueError,
+        r"checkpoint_indices has shape \[2\]: must be \[2, 3\]",
+    ),
+    "checkpoint-indices-past-the-pool": (
+        VARLEN,
+        dict(
+            checkpoint_offsets=torch.tensor([1, 2]),
+            checkpoint_indices=torch.tensor([1, 7]),
+            checkpoint_state=zeros(7, H, D, D, dtype=fp32),
+        ),
+        ValueError,
+        r"checkpoint_indices\[1\] is 7: must be below P = 7",
+    ),
+    "both-kinds-of-checkpoints": (
+        VARLEN,
+        dict(
+            checkpoint_interval=32,
+            checkpoint_offsets=torch.tensor([1, 2]),
+            checkpoint_state=zeros(2, H, D, D, dtype=fp32),
+        ),
+        ValueError,
+        "checkpoint_offsets is given: must be None with checkpoint_interval",
     ),
     "indices-no-pool": (
         VARLEN,
@@ -576,7 +663,8 @@ def test_signature() -> None:
     names = (
         "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel "
         "use_beta_sigmoid_in_kernel allow_neg_eigval safe_gate lower_bound state_v_first cu_seqlens "
-        "A_log dt_bias state_indices checkpoint_interval out final_state backend fla_kwargs"
+        "A_log dt_bias state_indices null_index has_initial_state checkpoint_interval checkpoint_offsets "
+        "checkpoint_state checkpoint_indices batch_invariant out final_state backend fla_kwargs"
     )
     parameters = inspect.signature(chunk_kda).parameters
     assert list(parameters) == names.split()

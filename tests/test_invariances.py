@@ -162,14 +162,20 @@ def test_a_pool_of_states_is_gathered_and_scattered(case: Case, data: st.DataObj
     kwargs = make(case).kwargs
     P = case.N + data.draw(st.integers(0, 2))
     order = data.draw(st.permutations(range(P)))[: case.N]
-    indices = torch.tensor([-1 if data.draw(st.booleans()) else i for i in order], dtype=torch.int32)
+    null = data.draw(st.sampled_from((-1, 0)))
+    dtype = data.draw(st.sampled_from((torch.int32, torch.int64)))
+    indices = torch.tensor([-1 if data.draw(st.booleans()) else i for i in order], dtype=dtype)
+    has = torch.tensor([data.draw(st.booleans()) for _ in order], dtype=torch.bool)
     pool = torch.randn(P, *case.state_shape[1:], dtype=torch.float64)
     state = torch.zeros(case.state_shape, dtype=torch.float64)
-    kept = indices >= 0
-    state[kept] = pool[indices[kept]]
+    kept = indices > null
+    state[kept & has] = pool[indices[kept & has]]
     before = pool.clone()
     o, S = run(kwargs, initial_state=state)
-    o_pool, S_pool = run(kwargs, initial_state=pool, state_indices=indices)
+    for n in range(case.N):
+        if not kept[n]:
+            o[:, case.cuts[n] : case.cuts[n + 1]] = 0
+    o_pool, S_pool = run(kwargs, initial_state=pool, state_indices=indices, null_index=null, has_initial_state=has)
     assert S_pool is pool and torch.equal(o_pool, o)
     before[indices[kept]] = S[kept]
     assert torch.equal(pool, before)

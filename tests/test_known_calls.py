@@ -16,7 +16,7 @@ import torch
 from kda_cute import contract, devices, jit, known_calls
 from kda_cute.backends import hopper
 from kda_cute.kernels import build_sm90, decode_sm90
-from kda_cute.kernels.arguments import Numbers
+from kda_cute.kernels.arguments import Kept, Numbers
 from kda_cute.kernels.config import KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig
 from kda_cute.ops import chunk_kda, fused_recurrent_kda, fwd
 from tests.strategies import Case
@@ -42,6 +42,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(hopper, "current_device", lambda: 0)
     monkeypatch.setattr(devices, "gpu", lambda index: ((9, 0), "NVIDIA H200"))
     monkeypatch.setattr(hopper, "copies_logged", set())
+    monkeypatch.setattr(hopper, "torch", SimpleNamespace(**{**vars(torch), "device": lambda *_: "cpu"}))
     monkeypatch.setattr(known_calls, "known", {})
     return calls
 
@@ -165,7 +166,7 @@ FOR_THE_GPU = {
     for name, entry in BAD.items()
     if entry[0] is not SOFTPLUS and name not in ("q-list", "backend-cute-cpu", "out-and-grad")
     and not name.startswith(("cu_seqlens-start", "cu_seqlens-neg", "cu_seqlens-dec", "cu_seqlens-past"))
-    and name not in ("indices-past-the-pool", "indices-twice")  # nor are these values looked at
+    and name not in ("indices-past-the-pool", "indices-twice", "checkpoint-indices-past-the-pool")  # nor are these values looked at
 }  # fmt: skip
 
 
@@ -261,7 +262,9 @@ def by_name(launch: tuple[Any, ...]) -> dict[str, Any]:
     config, *given = launch
     tensors, names = ("q", "k", "v", "g", "out"), Numbers._fields
     if isinstance(config, KdaDecodeConfig):
-        names = decode_sm90.Numbers._fields
+        names = decode_sm90.Numbers._fields + (decode_sm90.ByToken._fields if config.by_token else ())
+    elif isinstance(config, KdaFwdConfig) and config.checkpoints:
+        names += tuple(f"kept_{name}" for name in Kept._fields)
     elif isinstance(config, KdaBuildConfig):
         tensors = ("k", "v", "g")
         names = tuple(inspect.signature(build_sm90.KdaBuildSm90.__call__).parameters)[4:-1]
@@ -273,31 +276,50 @@ def address(launch: tuple[Any, ...], name: str) -> int:
     return by_name(launch)[name]
 
 
-class Kept(dict[Any, Any]):
+class OneWorkspace(dict[Any, Any]):
     """One workspace on the default stream, of any size."""
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         return [self["workspace"]]
 
 
-@pytest.mark.parametrize("kernel", ["forward", "checkpoints", "maps", "decode"])
+@pytest.mark.parametrize("kernel", ["forward", "checkpoints", "offsets", "maps", "decode", "by token"])
 def test_numbers_are_in_their_places(kernel: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = torch.zeros(1, dtype=torch.uint8)
     monkeypatch.setattr(hopper, "current_stream", lambda device: 0)
-    monkeypatch.setattr(hopper, "kept_workspaces", Kept(workspace=workspace))
+    monkeypatch.setattr(hopper, "kept_workspaces", OneWorkspace(workspace=workspace))
     T, N = (8192, 1) if kernel == "maps" else (96, 2)
     kwargs = arguments(Case(1, (T,) if N == 1 else (T - 7, 7), "int64" if N > 1 else None, H=H), scale=0.75)
-    pool = zeros(5, H, D, D, dtype=fp32)
-    kwargs.update(initial_state=pool, final_state=pool, state_indices=torch.arange(N, dtype=torch.int32))
-    kwargs.update(out=zeros(1, T, H, D), lower_bound=-2.5)
-    if kernel == "decode":
+    pools = [zeros(5, size, dtype=fp32)[:, : H * D * D].view(5, H, D, D) for size in (3 * H * D * D, 2 * H * D * D)]
+    kwargs.update(initial_state=pools[0], final_state=pools[1], state_indices=torch.arange(N, dtype=torch.int32))
+    kwargs.update(out=zeros(1, T, H, D), lower_bound=-2.5, has_initial_state=zeros(N, dtype=torch.bool))
+    kwargs["beta"] = zeros(2, T, H + 3)[:1, :, :H]
+    if kernel in ("decode", "by token"):
         del kwargs["safe_gate"]
-        kwargs["token_states"] = zeros(1, T, H, D, D)
+        kwargs["token_states"] = zeros(1, T, H, D, D, dtype=fp32)
+        if kernel == "by token":
+            kwargs["token_states"] = zeros(7, 9, 2, H, D, D, dtype=fp32)[:, :, 0].contiguous()[::2]
+            kwargs["token_state_indices"], kwargs["num_accepted_tokens"] = zeros(2, dtype=torch.int64), zeros(2).int()
+            kwargs["state_indices"] = zeros(2, 3, dtype=torch.int32)
         fused_recurrent_kda(**on_gpu(kwargs))
+    elif kernel == "offsets":
+        kwargs["checkpoint_offsets"], kwargs["checkpoint_indices"] = zeros(2, 3).int(), zeros(2, 3).long()
+        kwargs["checkpoint_state"] = zeros(9, 2, H, D, D, dtype=fp32)[:, 0]
+        chunk_kda(**on_gpu(kwargs))
     else:
         chunk_kda(**on_gpu(kwargs), checkpoint_interval=64 if kernel == "checkpoints" else None)
     expected = {name: x.data_ptr() for name, x in kwargs.items() if isinstance(x, torch.Tensor)}
-    expected.update(P=5, N=N, items=N * H, scale=0.75, lower_bound=-2.5, every=2 if kernel == "checkpoints" else 0)
+    expected.update(P=5, N=N, items=N * H, scale=0.75, lower_bound=-2.5, initial_pitch=3 * H * D * D * 4)
+    expected.update(final_pitch=2 * H * D * D * 4, beta_row=H + 3, beta_batch=T * (H + 3))
+    if kernel == "by token":
+        expected.update(per=3, accepted=expected["num_accepted_tokens"], rows_of=expected["token_state_indices"])
+        expected.update(rows=4, tokens=9, row_pitch=2 * 9 * H * D * D * 4, replay=0)
+    if kernel == "offsets":
+        kept = dict(states="checkpoint_state", offsets="checkpoint_offsets", indices="checkpoint_indices")
+        expected.update({f"kept_{name}": expected[argument] for name, argument in kept.items()})
+        expected.update(kept_pitch=2 * H * D * D * 4, kept_rows=9, kept_every=0, kept_first=0, kept_per=3)
+    if kernel == "checkpoints":
+        expected.update(kept_pitch=H * D * D * 4, kept_every=2, kept_offsets=0, kept_indices=0, kept_per=0)
     assert len(launches) == (2 if kernel == "maps" else 1)
     for launch in launches:
         config, found = launch[0], by_name(launch)
@@ -305,8 +327,9 @@ def test_numbers_are_in_their_places(kernel: str, launches: list[Any], monkeypat
         expected["workspace"] = workspace.data_ptr() if found.get("workspace") else 0
         expected.setdefault("cu_seqlens", 0)
         assert found.pop("flags") != 0
-        for name in ("checkpoints", "first_checkpoints"):
-            assert (found.pop(name, 0) != 0) == (kernel == "checkpoints")
+        assert (found.pop("kept_scratch", 0) != 0) == (kernel == "offsets")
+        if kernel == "checkpoints":  # which the call makes
+            assert found.pop("kept_states") and found.pop("kept_first") and found.pop("kept_rows") == 96 // 64 + 2
         assert found == {name: expected[name] for name in found}
         assert found.get("workspace") or kernel != "maps"
 
@@ -315,7 +338,6 @@ def test_a_call_between_two_launches_of_another(launches: list[Any], monkeypatch
     """Each has a workspace of its own to the end; later calls have them again."""
     monkeypatch.setattr(hopper, "current_stream", lambda device: 0)
     monkeypatch.setattr(hopper, "kept_workspaces", {})
-    monkeypatch.setattr(hopper, "torch", SimpleNamespace(**{**vars(torch), "device": lambda *_: "cpu"}))
     kwargs = on_gpu(arguments(Case(1, (8192,), H=H)))
     load, between = jit.load, [kwargs]
 

@@ -36,7 +36,7 @@ def nothing_compiled_before() -> None:
 
 
 def operator_arguments(kwargs: dict[str, Any]) -> list[Any]:
-    return [kwargs.get(name) for name in ARGUMENTS]
+    return [kwargs.get(name, -1 if name == "null_index" else None) for name in ARGUMENTS]
 
 
 def with_leaves(kwargs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def test_opcheck_of_the_others(case: Case) -> None:
     kwargs = make(case).kwargs
     arguments = operator_arguments(kwargs)
     out, state = torch.zeros_like(kwargs["v"]), torch.zeros(case.state_shape)
-    torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, state])
-    torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, None])
+    torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, state, None, None, None])
+    torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, None, None, None, None])
     wanted = [kwargs.get(name) is not None for name in DIFFERENTIABLE]
     for dht in (state, None):
         torch.library.opcheck(

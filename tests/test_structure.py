@@ -89,6 +89,7 @@ def example() -> dict[str, Any]:
     given: dict[str, Any] = dict.fromkeys(Call._fields)
     given.update({name: x for name in ("q", "k", "v", "g", "beta")})
     given.update({name: False for name, kind in Call.__annotations__.items() if "bool" in str(kind)})
+    given["null_index"] = -1
     return given
 
 
@@ -99,7 +100,7 @@ def test_key_tells_calls_apart_by(name: str) -> None:
     before = key(tuple(given.values()), 0)
     assert key(tuple(given.values()), 0) == before and key(tuple(given.values()), 1) != before
     changed: Any = {
-        "scale": 0.5, "lower_bound": -1.0, "backend": "cute", "q": torch.zeros(1, 3, 2, 5),
+        "scale": 0.5, "lower_bound": -1.0, "null_index": 0, "backend": "cute", "q": torch.zeros(1, 3, 2, 5),
         "checkpoints": Checkpoints(torch.zeros(1), torch.zeros(1), 1),
     }.get(name, torch.zeros(3) if name in TENSORS else True)  # fmt: skip
     differs = key(tuple({**given, name: changed}.values()), 0) != before
@@ -107,11 +108,22 @@ def test_key_tells_calls_apart_by(name: str) -> None:
 
 
 def test_operators_take_the_arguments_of_a_call() -> None:
-    for operator, written in (("chunk_kda", 0), ("chunk_kda_out", 2), ("fused_recurrent_kda_out", 3)):
+    rest = {
+        "chunk_kda": (),
+        "chunk_kda_out": ("out", "final_state", "checkpoint_state", "checkpoint_offsets", "checkpoint_indices"),
+        "fused_recurrent_kda_out": (
+            "out", "final_state", "token_states", "replay", "token_state_indices", "num_accepted_tokens",
+        ),
+    }  # fmt: skip
+    assert {x for names in rest.values() for x in names} >= {*WRITTEN}
+    for operator, names in rest.items():
         schema = getattr(torch.ops.kda_cute, operator).default._schema
-        assert [x.name for x in schema.arguments] == [*ARGUMENTS, *WRITTEN[:written]]
+        assert [x.name for x in schema.arguments] == [*ARGUMENTS, *names]
+        written = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+        assert written == [name for name in names if name in WRITTEN]
     kinds = {x.name: str(x.type) for x in torch.ops.kda_cute.chunk_kda.default._schema.arguments}
-    assert {name for name, kind in kinds.items() if "Tensor" in kind} == {*TENSORS} - {*WRITTEN}
+    others = {name for names in rest.values() for name in names}
+    assert {name for name, kind in kinds.items() if "Tensor" in kind} == {*TENSORS} - others
 
 
 # ---- what is shipped

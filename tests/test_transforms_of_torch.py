@@ -96,13 +96,15 @@ def test_forward_mode_of_the_reference(case: Case, by: Callable[..., Any]) -> No
 
 def recurrent_operator(**kwargs: Any) -> Any:
     out, state = torch.zeros_like(kwargs["v"]), torch.zeros(FP64.state_shape)
-    torch.ops.kda_cute.fused_recurrent_kda_out(*operator_arguments({**kwargs, "safe_gate": False}), out, state, None)
+    torch.ops.kda_cute.fused_recurrent_kda_out(
+        *operator_arguments({**kwargs, "safe_gate": False}), out, state, *[None] * 4
+    )
     return out, state
 
 
 def writing_operator(**kwargs: Any) -> Any:
     out, state = torch.zeros_like(kwargs["v"]), torch.zeros(FP64.state_shape)
-    torch.ops.kda_cute.chunk_kda_out(*operator_arguments(kwargs), out, state)
+    torch.ops.kda_cute.chunk_kda_out(*operator_arguments(kwargs), out, state, None, None, None)
     return out, state
 
 

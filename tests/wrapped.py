@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
-from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
+from kda_cute import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd, replay_shape
 from kda_cute.memory import WRITTEN
 from tests.strategies import Case, make
 
@@ -35,11 +35,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 PUBLIC = {name: FUNCTIONS[name.removesuffix(" with checkpoints")] for name in FUNCTIONS}
 
 
-def tensor_arguments(function: Callable[..., Any]) -> list[str]:
-    return [name for name, x in inspect.signature(function).parameters.items() if "torch.Tensor" in str(x.annotation)]
+def tensor_arguments(name: str) -> list[str]:
+    parameters = inspect.signature(PUBLIC[name]).parameters.items()
+    found = [argument for argument, x in parameters if "torch.Tensor" in str(x.annotation)]
+    if name == "chunk_kda with checkpoints":  # one kind of them
+        found = [argument for argument in found if not argument.startswith("checkpoint_")]
+    return found
 
 
-ARGUMENTS = [(name, argument) for name in FUNCTIONS for argument in tensor_arguments(PUBLIC[name])]
+ARGUMENTS = [(name, argument) for name in FUNCTIONS for argument in tensor_arguments(name)]
 
 
 def arguments(name: str, device: str) -> dict[str, Any]:
@@ -49,11 +53,21 @@ def arguments(name: str, device: str) -> dict[str, Any]:
     call = make(case, device).kwargs
     call["final_state"] = torch.zeros_like(call["initial_state"])
     call["out"] = torch.zeros_like(call["v"])
-    B, T, HV, V = call["v"].shape
-    call["token_states"] = torch.zeros(B, T, HV, V, call["q"].shape[-1], device=device)
+    (_, T, HV, V), K, N = call["v"].shape, call["q"].shape[-1], case.N
+    call["token_states"] = torch.zeros(N, T, HV, V, K, device=device)
+    call["token_state_indices"] = torch.tensor([1, 0], device=device)
+    call["replay"] = torch.full(replay_shape(N, T, HV, K, V), 0.1, device=device)
+    call["num_accepted_tokens"] = torch.tensor([1, 2], device=device)
+    call["has_initial_state"] = torch.tensor([False, True], device=device)
+    call["checkpoint_offsets"] = torch.tensor([3, 1], device=device)
+    call["checkpoint_state"] = torch.zeros(4, HV, V, K, device=device)
+    call["checkpoint_indices"] = torch.tensor([2, 0], device=device)
     call["scale"] = 0.1
-    call = {argument: x for argument, x in call.items() if argument in inspect.signature(PUBLIC[name]).parameters}
-    assert set(tensor_arguments(PUBLIC[name])) <= call.keys()
+    parameters = inspect.signature(PUBLIC[name]).parameters
+    if name == "chunk_kda with checkpoints":
+        parameters = {x: None for x in parameters if not x.startswith("checkpoint_")}  # type: ignore[assignment]
+    call = {argument: x for argument, x in call.items() if argument in parameters}
+    assert set(tensor_arguments(name)) <= call.keys()
     return call
 
 
@@ -172,6 +186,7 @@ KINDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception] |
     "a class with memory elsewhere": (Elsewhere, TypeError, "^{} is a Elsewhere: must be"),
     "meta": (lambda x: x.to("meta"), ValueError, "^{} is on meta: must be|must be on meta like q$"),
     "sparse": (lambda x: x.to_sparse(), TypeError, "^{} has layout torch.sparse_coo: must be|^beta is sparse"),
-    "negated": (lambda x: torch._neg_view(x.neg()), RIGHT, ""),
+    # true and false have no sign
+    "negated": (lambda x: x if x.dtype is torch.bool else torch._neg_view(x.neg()), RIGHT, ""),
     "functional": (torch._to_functional_tensor, TypeError, "^{} is a functional tensor: must be"),
 }  # fmt: skip

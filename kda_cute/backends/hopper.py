@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import contract, jit, memory
-from ..call import Call
+from ..call import WRITTEN, Call
 from ..contract import Sizes
 from ..kernels.config import (
     BETA_BF16,
@@ -20,10 +20,15 @@ from ..kernels.config import (
     CHECKPOINTS,
     CU_INT64,
     FINAL,
+    INDEX_INT64,
     INITIAL,
+    KEPT_INT64,
     L2NORM,
     MAPS_BUILT,
     NEG_EIGVAL,
+    NULL_ZERO,
+    OFFSET_INT64,
+    STATE_BYTES,
     STATE_DTYPES,
     STATE_V_FIRST,
     TOKEN_STATES,
@@ -72,30 +77,37 @@ def why_not(call: Call, sizes: Sizes) -> str | None:
 def run(call: Call, sizes: Sizes) -> tuple[Tensor, Tensor | None, Any]:
     B, T, _, HV, K, V, N = sizes
     given, initial_state, final_state = call, call.initial_state, call.final_state
+    if call.state_indices is not None:
+        for name, pool in (("initial_state", initial_state), ("final_state", final_state)):
+            if pool is not None and pool.data_ptr() % 16:
+                raise ValueError(f"{name} is at address {pool.data_ptr():#x}: must be at a multiple of 16, as a pool")
     if final_state is None and call.output_final_state:
         shape = contract.state_shape(N, HV, K, V, call.state_v_first)
         final_state = torch.empty(shape, dtype=torch.float32, device=call.q.device)
     o = torch.empty((B, T, HV, V), dtype=call.q.dtype, device=call.q.device) if call.out is None else call.out
     if T == 0 or N == 0:
-        in_place = call.final_state is initial_state
         o.zero_()
-        if call.state_indices is None and final_state is not None:
+        if N == 0 or final_state is None:
+            return o, final_state, None
+        if call.state_indices is None and call.has_initial_state is None:
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
-        if N == 0 or call.state_indices is None or in_place:
             return o, final_state, None
         # that kernel takes no tokens too, and carries states from pool to pool
-        call = call._replace(recurrent=True, token_states=None, checkpoints=None)
+        call = call._replace(
+            recurrent=True, token_states=None, checkpoints=None, checkpoint_state=None, checkpoint_offsets=None,
+            checkpoint_indices=None,
+        )  # fmt: skip
 
-    launch = prepare(call._replace(final_state=final_state), sizes)
-    memory.increment_version([x for x in (given.out, given.final_state, given.token_states) if x is not None])
     taken = call._replace(
         q=_by_tma("q", call.q), k=_by_tma("k", call.k), v=_by_tma("v", call.v), g=_by_tma("g", call.g),
-        beta=_contiguous("beta", call.beta), A_log=_parameter(call.A_log), dt_bias=_parameter(call.dt_bias),
-        initial_state=_aligned("initial_state", _contiguous("initial_state", initial_state)),
-        cu_seqlens=_contiguous("cu_seqlens", call.cu_seqlens),
-        state_indices=_contiguous("state_indices", call.state_indices),
+        beta=_by_row("beta", call.beta), A_log=_parameter(call.A_log), dt_bias=_parameter(call.dt_bias),
+        initial_state=_aligned("initial_state", _dense("initial_state", initial_state)),
+        **{name: _contiguous(name, getattr(call, name)) for name in LISTS},
     )  # fmt: skip
     o_taken, final_taken = _by_tma("out", o), _aligned("final_state", final_state)
+    strided = dict(beta=taken.beta, initial_state=taken.initial_state, final_state=final_taken)
+    launch = prepare(call._replace(**strided), sizes)
+    memory.increment_version([x for x in map(given._asdict().get, WRITTEN) if x is not None])
     if not launch(taken, o_taken, final_taken, checked=True):
         raise AssertionError("the kernel refuses what was copied for it")
     copied = any(x is not y for x, y in zip(call, taken, strict=True))
@@ -108,10 +120,22 @@ def run(call: Call, sizes: Sizes) -> tuple[Tensor, Tensor | None, Any]:
     return o, final_state, None if copied or call is not given else launch
 
 
+# What few calls have, see `launch`.
+MORE = (
+    "token_states", "replay", "token_state_indices", "num_accepted_tokens", "checkpoint_state", "checkpoint_offsets",
+    "checkpoint_indices",
+)  # fmt: skip
+# Tensors that a sequence, or each of its states, has a number in.
+LISTS = (
+    "cu_seqlens", "state_indices", "has_initial_state", "num_accepted_tokens", "token_state_indices",
+    "checkpoint_offsets", "checkpoint_indices",
+)  # fmt: skip
+
+
 def prepare(call: Call, sizes: Sizes) -> Any:
     """The launch for all calls with the shapes, dtypes, device and flags of this one, which is validated and not empty.
 
-    launch(call, o, final_state) writes o, final_state, token_states and checkpoints; call: the fields of a Call. It
+    launch(call, o, final_state) writes these and what else of the call is written; call: the fields of a Call. It
     returns False and launches nothing if an address is not a multiple of 16 bytes, and raises an error if a tensor has
     no memory, or what it writes shares some with another tensor.
     """
@@ -133,26 +157,50 @@ def prepare(call: Call, sizes: Sizes) -> Any:
         | _dtype_of(call.initial_state) << INITIAL
         | _dtype_of(call.final_state) << FINAL
         | CU_INT64 * _is(call.cu_seqlens, torch.int64)
+        | INDEX_INT64 * _is(call.state_indices, torch.int64)
+        | NULL_ZERO * (call.null_index == 0)
+        | OFFSET_INT64 * _is(call.num_accepted_tokens if recurrent else call.checkpoint_offsets, torch.int64)
+        | KEPT_INT64 * _is(call.token_state_indices if recurrent else call.checkpoint_indices, torch.int64)
     )
+    per = 0
     if recurrent:
-        kernel = jit.load(KdaDecodeConfig(g_dtype, gate, bool(call.state_v_first), dtype, K, V))
+        indices, rows = call.state_indices, call.token_states if call.replay is None else call.replay
+        per = indices.shape[1] if indices is not None and indices.dim() == 2 else 0
+        by_token = per > 0 or call.token_state_indices is not None or call.replay is not None
+        kernel = jit.load(KdaDecodeConfig(g_dtype, gate, bool(call.state_v_first), dtype, K, V, by_token))
         flags |= _dtype_of(call.token_states) << TOKEN_STATES
+        row_count, row_tokens = (0, per) if rows is None else rows.shape[:2]
+        row_pitch = _pitch(call.token_states)
     else:
-        split = v_split(B * T, n, H, sms) if V == 128 else 1
+        split = v_split(B * T, n, H, sms) if V == 128 and not call.batch_invariant else 1
         longest, neg_eigval = B * T if packed else T, bool(call.allow_neg_eigval)
         room = workspace_bytes(longest, n, H, packed, split, sms)
-        if room and K == V == 128 and builds_maps(longest, H, n, packed, split, sms):
+        maps = K == V == 128 and not call.batch_invariant
+        if room and maps and builds_maps(longest, H, n, packed, split, sms):
             build = jit.load(KdaBuildConfig(g_dtype, gate, neg_eigval, dtype))
             room += maps_bytes(sms)
             flags |= MAPS_BUILT
-        kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, neg_eigval, dtype, K, V, call.checkpoints is not None))
-        if call.checkpoints is not None:
-            flags |= _dtype_of(call.checkpoints.states) << CHECKPOINTS
-            every = call.checkpoints.every
+        keeps: Literal["", "every", "offsets"] = "" if call.checkpoints is None else "every"
+        kept_states = None if call.checkpoints is None else call.checkpoints.states
+        if call.checkpoint_offsets is not None:
+            keeps, kept_states = "offsets", call.checkpoint_state
+            per = call.checkpoint_offsets.shape[1] if call.checkpoint_offsets.dim() == 2 else 1
+        kernel = jit.load(KdaFwdConfig(g_dtype, gate, split, neg_eigval, dtype, K, V, keeps))
+        if kept_states is not None:
+            flags |= _dtype_of(kept_states) << CHECKPOINTS
+            every = 0 if call.checkpoints is None else call.checkpoints.every
+            kept_pitch, kept_rows = _pitch(kept_states), kept_states.shape[0]
+            if kept_states.dim() == 5:
+                kept_pitch, kept_rows = kept_pitch // per, kept_rows * per
+            # A sequence has one offset in the middle of a chunk at a time, which takes a state of each block.
+            scratch_bytes = sms * 2 * STATE_BYTES
     kept, place = kept_workspaces.setdefault((device, room), []) if room else [], torch.device("cuda", device)
     items, workers = n * H, sms if recurrent else sms // split
     pool = n if call.initial_state is None else call.initial_state.shape[0]
+    beta_batch, beta_row = call.beta.stride()[:2]
+    pitch, final_pitch = _pitch(call.initial_state), _pitch(call.final_state)
     scale, bound = call.scale, float(call.lower_bound or 0.0)
+    plain = call.checkpoints is None and all(getattr(call, name) is None for name in MORE)
     number = next(_launches)
 
     def launch(call: tuple[Any, ...], o: Tensor, final_state: Tensor | None, checked: bool = False) -> bool:
@@ -160,8 +208,9 @@ def prepare(call: Call, sizes: Sizes) -> Any:
             with torch.cuda.device(device):
                 return launch(call, o, final_state, checked)
         (
-            q, k, v, g, beta, _, initial_state, _, _, _, _, _, _, _, _, cu_seqlens, A_log, dt_bias, state_indices, _, _,
-            _, token_states, checkpoints, _,
+            q, k, v, g, beta, _, initial_state, _, _, _, _, _, _, _, _, cu_seqlens, A_log, dt_bias, state_indices, _,
+            has_initial_state, _, _, _, _, token_states, replay, token_state_indices, num_accepted_tokens,
+            checkpoint_state, checkpoint_offsets, checkpoint_indices, checkpoints, _,
         ) = call  # fmt: skip
         initial = 0 if initial_state is None else initial_state.data_ptr()
         final = 0 if final_state is None else final_state.data_ptr()
@@ -169,33 +218,65 @@ def prepare(call: Call, sizes: Sizes) -> Any:
         bias = 0 if dt_bias is None else dt_bias.data_ptr()
         cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
         indices = 0 if state_indices is None else state_indices.data_ptr()
-        states = 0 if token_states is None else token_states.data_ptr()
-        betas = beta.data_ptr()
+        has = 0 if has_initial_state is None else has_initial_state.data_ptr()
+        betas, more = beta.data_ptr(), ()
+        if not plain:
+            more = tuple(
+                [
+                    0 if x is None else x.data_ptr()
+                    for x in (
+                        token_states,
+                        replay,
+                        token_state_indices,
+                        num_accepted_tokens,
+                        checkpoint_state,
+                        checkpoint_offsets,
+                        checkpoint_indices,
+                    )
+                ]
+            )  # as in MORE
         addresses = (
             number, q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), o.data_ptr(), betas, a_log, bias, initial,
-            final, cuts, indices, states,
+            final, cuts, indices, has, more,
         )  # fmt: skip
         if addresses not in right:
             by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
-            if (by_vector | a_log | bias | initial | final) % 16:
+            if (by_vector | a_log | bias | initial | final) % 16 or any(x % 16 for x in more[:2] + more[4:5]):
                 return False
             if not checked:
                 memory.check_memory({
                     "q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state, "A_log": A_log,
                     "dt_bias": dt_bias, "cu_seqlens": cu_seqlens, "state_indices": state_indices, "out": o,
-                    "final_state": final_state, "token_states": token_states,
+                    "has_initial_state": has_initial_state, "final_state": final_state, "token_states": token_states,
+                    "replay": replay, "token_state_indices": token_state_indices,
+                    "num_accepted_tokens": num_accepted_tokens, "checkpoint_state": checkpoint_state,
+                    "checkpoint_offsets": checkpoint_offsets, "checkpoint_indices": checkpoint_indices,
                 })  # fmt: skip
             if len(right) >= RIGHT_MAX:
                 right.clear()
             right.add(addresses)
         if recurrent:
+            states = more[0] if more else 0
+            if by_token:
+                states, records, token_indices, accepted = more[:4] if more else (0, 0, 0, 0)
+                more = per, accepted, token_indices, row_count, row_tokens, row_pitch, records
+            else:
+                more = ()
             kernel(
-                q, k, v, g, o, betas, a_log, bias, initial, final, indices, pool, states, cuts, n, scale, bound, flags
+                q, k, v, g, o, betas, beta_batch, beta_row, a_log, bias, initial, pitch, final, final_pitch, indices,
+                pool, has, states, cuts, n, scale, bound, flags, *more,
             )  # fmt: skip
             return True
-        first = 0
-        if checkpoints is not None:
-            states, first = checkpoints.states.data_ptr(), checkpoints.first.data_ptr()
+        if more:
+            states, offsets, kept_indices, first, scratch = *more[4:], 0, None
+            if checkpoints is None:
+                scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=place)
+            else:
+                states, first = checkpoints.states.data_ptr(), checkpoints.first.data_ptr()
+            more = (
+                states, kept_pitch, kept_rows, every, first, offsets, per, kept_indices,
+                0 if scratch is None else scratch.data_ptr(),
+            )  # fmt: skip
         handed, workspace = 0, None
         if room:
             on_default = current_stream(device) == 0  # never while capturing
@@ -205,10 +286,13 @@ def prepare(call: Call, sizes: Sizes) -> Any:
                 workspace = torch.zeros(room, dtype=torch.uint8, device=place)
             handed = workspace.data_ptr()
         if build is not None:
-            build(k, v, g, betas, a_log, bias, initial, indices, cuts, handed, pool, items, sms, bound, flags)
+            build(
+                k, v, g, betas, beta_batch, beta_row, a_log, bias, initial, pitch, indices, pool, has, cuts, handed,
+                items, sms, bound, flags,
+            )  # fmt: skip
         kernel(
-            q, k, v, g, o, betas, a_log, bias, initial, final, indices, pool, states, first, every, cuts, handed, items,
-            workers, scale, bound, flags,
+            q, k, v, g, o, betas, beta_batch, beta_row, a_log, bias, initial, pitch, final, final_pitch, indices, pool,
+            has, cuts, handed, items, workers, scale, bound, flags, *more,
         )  # fmt: skip
         if workspace is not None and on_default:
             kept.append(workspace)
@@ -240,6 +324,25 @@ def _by_tma(name: str, x: Tensor) -> Tensor:
     if s3 == 1 and s0 > 0 and s1 > 0 and s2 > 0 and not (s0 | s1 | s2) % quantum and not x.data_ptr() % 16:
         return x
     return _copied(name, x)
+
+
+def _pitch(states: Tensor | None) -> int:
+    """Bytes from one state of all heads to the next."""
+    return 0 if states is None else states.stride(0) * states.element_size()
+
+
+def _dense(name: str, x: Any) -> Any:
+    """States, each of them contiguous, on multiples of 16 bytes."""
+    if x is None or x.is_contiguous():
+        return x
+    if contract.is_dense(x) and (x.shape[0] == 1 or not _pitch(x) % 16):
+        return x
+    return _copied(name, x)
+
+
+def _by_row(name: str, x: Tensor) -> Tensor:
+    """beta [B, T, HV] with a dense last dimension."""
+    return x if x.is_contiguous() or (x.stride(2) == 1 and 0 <= x.stride(1) < 1 << 31) else _copied(name, x)
 
 
 def _contiguous(name: str, x: Any) -> Any:

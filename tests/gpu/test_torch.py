@@ -47,7 +47,7 @@ def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.library.opcheck(torch.ops.kda_cute.chunk_kda.default, arguments)
     torch.library.opcheck(torch.ops.kda_cute.chunk_kda.default, operator_arguments(with_leaves(kwargs)))
     out, state = torch.zeros_like(kwargs["v"]), torch.zeros(case.state_shape, device="cuda")
-    torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, state])
+    torch.library.opcheck(torch.ops.kda_cute.chunk_kda_out.default, [*arguments, out, state, None, None, None])
 
 
 @cases
