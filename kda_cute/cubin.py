@@ -20,6 +20,7 @@ from .kernels.config import KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig
 # once a chunk or a work item, other ones in each version; decoding, which many small blocks hide the way to memory for,
 # may spill more.
 MAX_SPILLS = {KdaFwdConfig: 10, KdaBuildConfig: 10, KdaDecodeConfig: 32}
+MAX_SPILLS_OFFSETS = 24  # most of them before a piece's first chunk
 
 EM_CUDA = 190
 # From sm_90 on the system keeps the first KiB of a block's shared memory. ptxas counts it in .nv.shared of kernels that
@@ -50,6 +51,8 @@ class Kernel:
 
 
 def max_spills(config: Any) -> int:
+    if getattr(config, "checkpoints", "") == "offsets":
+        return MAX_SPILLS_OFFSETS
     return MAX_SPILLS.get(type(config), 0)
 
 

@@ -67,7 +67,7 @@ class KdaCuteDecodeBackend(_Backend):
         """(whether the kernel serves a call of fla's fused_recurrent_kda_fwd, if not why)."""
         with torch.no_grad():
             call, why_not = _decode_call(args, kwargs)
-            why_not = why_not or _why_not(call, OURS | {"out", "final_state"})
+            why_not = why_not or _why_not(call, OURS | {"out", "final_state", "num_accepted_tokens"}, True)
         return why_not is None, why_not
 
     def fused_recurrent_kda_fwd(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -79,8 +79,6 @@ def _decode_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[st
     """(the call, what it asks for that is not served)."""
     call, why_not = {**dict(zip(DECODE_NAMES, args, strict=False)), **kwargs}, None
     q, beta, indices = call["q"], call["beta"], call.pop("ssm_state_indices", None)
-    if call.pop("num_accepted_tokens", None) is not None:
-        why_not = "kda_cute: num_accepted_tokens is given: must be None"
     if beta.dim() == 4:
         why_not = "kda_cute: beta has a value for each channel: must be [B, T, HV]"
     in_place = call.pop("inplace_final_state", True)
@@ -89,9 +87,12 @@ def _decode_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[st
     if indices is not None:  # fla keeps the state after each token then: with one token that is the last one
         cuts = call.get("cu_seqlens")
         tokens = q.shape[0] * q.shape[1] if cuts is None else q.shape[1]
-        if not in_place or indices.dim() != 1 or tokens != indices.shape[0]:
-            why_not = "kda_cute: ssm_state_indices are given: must be one a sequence of one token, and states in place"
-        call["state_indices"] = indices.int()
+        if not in_place or (indices.dim() == 1 and tokens != indices.shape[0]):
+            why_not = (
+                "kda_cute: ssm_state_indices are given: must be [N, S], or one a sequence of one token, and states in "
+                "place"
+            )
+        call["state_indices"] = indices
     return _call((), call), why_not
 
 
@@ -103,7 +104,7 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-def _why_not(call: dict[str, Any], ours: Set[str] = OURS) -> str | None:
+def _why_not(call: dict[str, Any], ours: Set[str] = OURS, recurrent: bool = False) -> str | None:
     unknown = call.keys() - ours - contract.FLA_KWARGS
     if unknown:
         return f"kda_cute does not know the argument {min(unknown)}"
@@ -112,7 +113,7 @@ def _why_not(call: dict[str, Any], ours: Set[str] = OURS) -> str | None:
     try:
         others = {name: call[name] for name in call.keys() - ours}
         v_first = contract.check_fla_kwargs(others, bool(call.get("state_v_first")))
-        *_, K, V, _ = contract.check_named({**call, "state_v_first": v_first})
+        *_, K, V, _ = contract.check_named({**call, "state_v_first": v_first, "recurrent": recurrent})
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"kda_cute: {error}"  # if fla does not take it either, fla says so
     q = call["q"]

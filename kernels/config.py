@@ -198,7 +198,8 @@ Config: TypeAlias = KdaFwdConfig | KdaBuildConfig | KdaDecodeConfig
 
 
 def all_configs(dtype: Literal["bf16", "fp16"] = "bf16") -> list[Config]:
-    """Those for q, k and v in a dtype, with g in the same or in fp32."""
+    """Those for q, k and v in a dtype, with g in the same or in fp32. Of those for servers only what they use: their
+    states have V first, their gates are in the kernel."""
     kinds = [(g_dtype, gate, neg) for neg in (False, True) for gate in GATES for g_dtype in (dtype, "fp32")]
     build: list[Config] = [KdaBuildConfig(g_dtype, gate, neg, dtype) for g_dtype, gate, neg in kinds]
     decode = [
@@ -208,4 +209,7 @@ def all_configs(dtype: Literal["bf16", "fp16"] = "bf16") -> list[Config]:
         for v_first in (False, True)
     ]
     forward = [KdaFwdConfig(g_dtype, gate, split, neg, dtype) for g_dtype, gate, neg in kinds for split in (1, 2)]
-    return [*build, *forward, *decode]
+    served = [(dtype, gate) for gate in GATES if gate != "log"]
+    offsets = [KdaFwdConfig(*x, split, dtype=dtype, checkpoints="offsets") for x in served for split in (1, 2)]
+    by_token = [KdaDecodeConfig(*x, True, dtype, by_token=True) for x in served]
+    return [*build, *forward, *decode, *offsets, *by_token]

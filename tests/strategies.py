@@ -5,7 +5,7 @@ A `Case` is a call without its numbers: small, printable, shrinkable. `make` dra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,8 +65,14 @@ class Case:
     g_layout: Layout = Layout()
     out_layout: Layout = Layout()
     beta_strided: bool = False
-    pool: int | None = None  # so many states more than sequences, which state_indices point into; every third has none
+    pool: int | None = None  # so many states more than sequences, which state_indices point into; every third is null
+    null_index: int = -1
+    index_dtype: str = "int32"  # of state_indices and offsets
+    gap: int = 0  # bytes, a multiple of 16, between two states, and as many more between others
+    has_initial: bool = False  # whether some sequences begin with zero
     checkpoint_interval: int | None = None
+    offsets: int | None = None  # so many checkpoint_offsets a sequence; 0: one, in tensors without that dimension
+    batch_invariant: bool = False
     state_offset: int = 0  # elements between 16-byte alignment and the states, A_log and dt_bias
 
     @property
@@ -150,6 +156,14 @@ class Call:
         return {name: guarded.tensor for name, guarded in self.inputs.items()}
 
     @property
+    def null(self) -> torch.Tensor:
+        """[N]: which sequences are null."""
+        indices = self.tensors.get("state_indices")
+        if indices is None:
+            return torch.zeros(self.case.N, dtype=torch.bool, device=self.tensors["q"].device)
+        return indices <= self.case.null_index
+
+    @property
     def kwargs(self) -> dict[str, Any]:
         """For chunk_kda, chunked and recurrence alike."""
         return {**self.tensors, **self.flags}
@@ -162,10 +176,19 @@ class Call:
             kwargs["cu_seqlens"] = torch.tensor(self.case.cuts)
         if "state_indices" in kwargs:
             indices = kwargs.pop("state_indices")
-            states = kwargs["initial_state"].new_zeros(self.case.state_shape)
-            states[indices >= 0] = kwargs["initial_state"][indices[indices >= 0]]
+            states, kept = kwargs["initial_state"].new_zeros(self.case.state_shape), ~self.null
+            states[kept] = kwargs["initial_state"][indices[kept]]
             kwargs["initial_state"] = states
+        if "has_initial_state" in kwargs:
+            has = kwargs.pop("has_initial_state")
+            kwargs["initial_state"] = torch.where(has.view(-1, 1, 1, 1), kwargs["initial_state"], 0)
+        for name in ("null_index", "batch_invariant", *CHECKPOINTS):
+            kwargs.pop(name, None)
         return {**kwargs, "output_final_state": True}
+
+
+CHECKPOINTS = ("checkpoint_offsets", "checkpoint_state", "checkpoint_indices")
+POISON = -7.25  # where a state may be written
 
 
 def make(case: Case, device: Any = "cpu") -> Call:
@@ -211,11 +234,20 @@ def make(case: Case, device: Any = "cpu") -> Call:
         states = case.N
         if case.pool is not None:
             states += case.pool
-            order = torch.randperm(states, generator=generator, device=device)[: case.N].int()
+            order = torch.randperm(states, generator=generator, device=device)[: case.N]
             order[case.seed % 3 :: 3] = -1
-            arrays["state_indices"] = Guarded.holding(order, 0)
+            arrays["state_indices"] = Guarded.holding(order.to(getattr(torch, case.index_dtype)), 0)
         state = randn(states, *case.state_shape[1:]).to(DTYPES[case.initial_state])
-        arrays["initial_state"] = Guarded.holding(state, nan, offset=case.state_offset)
+        if case.pool is not None and case.null_index == 0:
+            state[:1] = nan  # which nobody may read
+        if case.has_initial:
+            has = rand(case.N) < 0.5
+            arrays["has_initial_state"] = Guarded.holding(has, True)
+            if case.pool is None:
+                state[~has] = nan
+            else:
+                state[order[~has & (order >= 0)]] = nan
+        arrays["initial_state"] = guarded_states(state, case, nan)
     if case.cu_seqlens is not None:
         cuts = torch.tensor(case.cuts, dtype=getattr(torch, case.cu_seqlens), device=device)
         arrays["cu_seqlens"] = Guarded.holding(cuts, 1 << 30)
@@ -230,7 +262,55 @@ def make(case: Case, device: Any = "cpu") -> Call:
         lower_bound=case.lower_bound if case.gate == "safe" else None,
         state_v_first=case.state_v_first,
     )
+    if case.pool is not None:
+        flags["null_index"] = case.null_index
+    if case.batch_invariant:
+        flags["batch_invariant"] = True
+    if case.offsets is not None:
+        arrays.update(_checkpoints(case, generator, device))
     return Call(arrays, flags, case)
+
+
+def guarded_states(state: torch.Tensor, case: Case, fill: float) -> Guarded:
+    """States, with gaps between them."""
+    size = state[:1].numel() or 1
+    strides = (size + case.gap // state.element_size(), *state.stride()[1:])
+    guarded = Guarded.allocate(tuple(state.shape), state.dtype, state.device, fill, strides, case.state_offset)
+    guarded.tensor.copy_(state)
+    return guarded
+
+
+def _checkpoints(case: Case, generator: torch.Generator, device: Any) -> dict[str, Guarded]:
+    """Offsets at both ends of a sequence, at its chunks' ends, in chunks and past the end, and room for states."""
+    N, per = case.N, max(case.offsets or 0, 1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    lengths = torch.tensor(case.lengths, device=device).view(N, 1).expand(N, per)
+    at = (random(N, per) * (lengths + 1)).long()
+    kinds = torch.stack([0 * at, at, at // 16 * 16, at // 32 * 32, lengths, lengths + 1 + at])
+    choice = (random(N, per) * len(kinds)).long()
+    offsets = kinds.gather(0, choice[None])[0].to(getattr(torch, case.index_dtype))
+    dtype = torch.bfloat16 if case.seed % 2 else torch.float32
+    arrays: dict[str, Guarded] = {}
+    if case.seed // 2 % 2:
+        rows = N * per + 2
+        indices = torch.randperm(rows, generator=generator, device=device)[: N * per].view(N, per)
+        indices = torch.where(random(N, per) < 0.2, -1, indices)
+        if case.pool is not None and case.null_index == 0:
+            indices = torch.where(indices == 0, -1, indices)
+        states = torch.full((rows, *case.state_shape[1:]), POISON, dtype=dtype, device=device)
+        arrays["checkpoint_state"] = guarded_states(states, replace(case, state_offset=0), POISON)
+    else:
+        shape = (N, *case.state_shape[1:]) if case.offsets == 0 else (N, per, *case.state_shape[1:])
+        states = torch.full(shape, POISON, dtype=dtype, device=device)
+        arrays["checkpoint_state"] = Guarded.holding(states, POISON)
+        indices = None
+    for name, x in (("checkpoint_offsets", offsets), ("checkpoint_indices", indices)):
+        if x is not None:
+            arrays[name] = Guarded.holding(x[:, 0] if case.offsets == 0 else x, 0)
+    return arrays
 
 
 def _gate(case: Case, randn: Any, rand: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -308,7 +388,10 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         common = dtype == g_dtype == "bf16" and not neg_eigval
         dim = st.sampled_from((128, 128, 64)) if common else st.just(128)
     K, V = draw(dim), draw(dim)
-    intervals = (None, 32, 64, 96) if served and common and K == V == 128 and pool is None else (None,)
+    keeps = served and common and K == V == 128
+    interval = draw(st.sampled_from((None, 32, 64, 96) if keeps and pool is None else (None,)))
+    offsets = draw(st.sampled_from((None, None, 0, 1, 3) if keeps and interval is None else (None,)))
+    initial_state = draw(st.sampled_from(states if pool is None else states[1:]))
     quantum = 4 if g_dtype == "fp32" else 8
     return Case(
         seed=draw(st.integers(0, 2**31 - 1)),
@@ -331,7 +414,7 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         beta_sigmoid=beta_sigmoid,
         neg_eigval=neg_eigval,
         scale=draw(st.sampled_from((None, None, 1.0, 0.5))),
-        initial_state=draw(st.sampled_from(states if pool is None else states[1:])),
+        initial_state=initial_state,
         final_state=draw(st.sampled_from((*states, "new"))) if pool is None else None,
         pool=pool,
         state_v_first=draw(st.booleans()),
@@ -341,6 +424,12 @@ def cases(draw: st.DrawFn, *, served: bool, max_tokens: int, max_heads: int = 4)
         g_layout=draw(_layouts(quantum)),
         out_layout=draw(_layouts(8)),
         beta_strided=draw(st.sampled_from((False, False, True))),
-        checkpoint_interval=draw(st.sampled_from(intervals)),
-        state_offset=draw(st.sampled_from((0, 0, 1))),
+        checkpoint_interval=interval,
+        offsets=offsets,
+        state_offset=draw(st.sampled_from((0, 0, 1))) if pool is None else 0,  # a pool is not copied
+        null_index=draw(st.sampled_from((-1, 0))) if pool is not None else -1,
+        index_dtype=draw(st.sampled_from(("int32", "int64"))),
+        gap=draw(st.sampled_from((0, 16, 4096))) if served else 0,
+        has_initial=served and initial_state is not None and draw(st.booleans()),
+        batch_invariant=served and draw(st.sampled_from((False, False, True))),
     )

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
-from kda_cute import chunk_kda, fused_recurrent_kda
+from kda_cute import chunk_kda, fused_recurrent_kda, replay_shape
 from kda_cute.kernels.config import KdaDecodeConfig
 from kda_cute.reference import recurrence
+from tests import by_token
 from tests.lanes import LANES, Warp, copy_of, on_the_cpu
 from tests.strategies import Case, cases, make
 
@@ -232,3 +233,73 @@ def test_a_block_makes_a_token(state_v_first: bool, K: int) -> None:
             np.testing.assert_allclose(held[warp][i], want[place(warp, i)], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(o[32:64], o_want[32:64], rtol=1e-4, atol=1e-4)
     assert np.isnan(o[:32]).all() and np.isnan(o[64:]).all()
+
+
+# ---- of single tokens
+
+
+OPTIONS = ("scale", "lower_bound", "state_v_first", "A_log", "dt_bias", "allow_neg_eigval")
+
+
+@settings(max_examples=60)
+@given(call=by_token.calls)
+def test_by_token_is_token_by_token(call: dict[str, Any]) -> None:
+    """The reference, against calls of one sequence and one token with nothing but states."""
+    before = by_token.arguments("cpu", **{**call, "group": 1, "dtypes": ("fp32", "fp32")}, dtype="fp64", K=8, V=32)
+    kwargs, want = by_token.copied(before), by_token.copied(before)
+    o, *_ = fused_recurrent_kda(**kwargs)
+    inputs = {name: before[name].flatten(0, 1) for name in ("q", "k", "v", "g", "beta")}
+    wanted_o = torch.zeros_like(inputs["v"])
+    slots, accepted, rows = (before.get(x) for x in ("state_indices", "num_accepted_tokens", "token_state_indices"))
+    B, T = before["q"].shape[:2]
+    cuts = before["cu_seqlens"].tolist() if "cu_seqlens" in before else [T * b for b in range(B + 1)]
+    options = {name: x for name, x in before.items() if name.startswith("use_") or name in OPTIONS}
+    null, pool, v_first = before["null_index"], before["initial_state"], before["state_v_first"]
+    assert slots is not None
+    for n, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        count = 1 if accepted is None else int(accepted[n])
+        own = slots[n].reshape(-1).tolist()
+        first = own[0] if "replay" in before else own[count - 1]
+        if first <= null:
+            continue
+        S = pool[first : first + 1].double()
+        if "has_initial_state" in before and not before["has_initial_state"][n]:
+            S = torch.zeros_like(S)
+        row = n if rows is None else int(rows[n])
+        if "replay" in before:
+            for x in before["replay"][row, :count].double() if row >= 0 else ():
+                a, k, u = x[:, 0, :8], x[:, 0, 8:16], x[:, :, 16:].flatten(1)
+                outer = u[..., :, None] * k[..., None, :]
+                S = S * a[..., None, :] + outer if v_first else S * a[..., :, None] + outer.transpose(-1, -2)
+            want["initial_state"][first] = S[0]
+        for t in range(end - begin):
+            one = {name: x[None, begin + t : begin + t + 1] for name, x in inputs.items()}
+            o_t, S = fused_recurrent_kda(**one, **options, initial_state=S, output_final_state=True)
+            wanted_o[begin + t] = o_t[0, 0]
+            if "token_states" in before and row >= 0 and t < before["token_states"].shape[1]:
+                want["token_states"][row, t] = S[0]
+            if slots.dim() == 2 and t < len(own) and own[t] > null and before["update_state"]:
+                want["initial_state"][own[t]] = S[0]
+        if slots.dim() == 1 and before.get("update_state"):
+            want["initial_state"][first] = S[0]
+    torch.testing.assert_close(o.flatten(0, 1), wanted_o, rtol=1e-6, atol=1e-6)
+    for name in ("initial_state", "token_states"):
+        if name in want:
+            torch.testing.assert_close(kwargs[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_replay_commits_what_was_accepted() -> None:
+    """What is on record of accepted tokens makes the state that these tokens have made."""
+    case = Case(5, (12,) * 3, H=2, K=8, V=32, dtype="fp64", gate="log", beta_sigmoid=False, initial_state="fp32")
+    kwargs, names = call_of(case), ("q", "k", "v", "g", "beta")
+    state, record = kwargs["initial_state"].double(), torch.zeros(replay_shape(3, 4, 2, 8, 32))
+    for first, last, accepted in ((0, 4, (0, 0, 0)), (4, 6, (0, 2, 4))):
+        tokens = {name: kwargs[name][:, first:last] for name in names}
+        tokens.update(initial_state=state, replay=record, num_accepted_tokens=torch.tensor(accepted))
+        fused_recurrent_kda(**{**kwargs, **tokens})
+        for n, count in enumerate(accepted):
+            one = {name: kwargs[name][n : n + 1, :count] for name in names}
+            one.update(initial_state=kwargs["initial_state"][n : n + 1].double(), output_final_state=True)
+            torch.testing.assert_close(
+                state[n : n + 1], fused_recurrent_kda(**{**kwargs, **one})[1], rtol=1e-6, atol=1e-6
+            )

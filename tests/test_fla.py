@@ -192,7 +192,10 @@ def test_decoding_in_place_and_from_a_pool(fla: Any, kernel: list[Any]) -> None:
     pool, indices = torch.zeros(7, *ONE.state_shape[1:]), torch.tensor([3, 0, 6, -1])
     kwargs = decode_arguments(ONE, inplace_final_state=True, initial_state=pool, ssm_state_indices=indices)
     assert fla.decode(**kwargs)[1] is pool
-    assert torch.equal(kernel[1][1]["state_indices"], indices.int())
+    assert kernel[1][1]["state_indices"] is indices
+    slots = dict(ssm_state_indices=indices.int().view(4, 1), num_accepted_tokens=torch.ones(4, dtype=torch.int32))
+    assert fla.decode(**{**kwargs, **slots})[1] is pool
+    assert kernel[2][1]["state_indices"] is slots["ssm_state_indices"]
 
 
 def test_decoding_keeps_no_gradient(fla: Any, kernel: list[Any]) -> None:  # noqa: F811
@@ -202,9 +205,13 @@ def test_decoding_keeps_no_gradient(fla: Any, kernel: list[Any]) -> None:  # noq
 
 
 DECODE_DECLINED: dict[str, tuple[dict[str, Any], str]] = {
-    "accepted": (dict(num_accepted_tokens=torch.ones(4)), "num_accepted_tokens is given"),
+    "accepted": (dict(num_accepted_tokens=torch.ones(4)), "num_accepted_tokens is float32"),
     "beta": (dict(beta=torch.zeros(4, 1, H, D)), "beta has a value for each channel"),
-    "indices": (dict(ssm_state_indices=torch.zeros(4, 2, dtype=torch.int32)), "ssm_state_indices are given"),
+    "indices": (dict(ssm_state_indices=torch.zeros(2, dtype=torch.int32)), "ssm_state_indices are given"),
+    "indices of another batch": (
+        dict(ssm_state_indices=torch.zeros(3, 2, dtype=torch.int32)),
+        r"state_indices has shape [3, 2]",
+    ),
     "shape": (dict(beta=torch.zeros(4, 1, H + 1)), "beta has shape"),
 }
 

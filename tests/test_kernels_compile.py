@@ -38,7 +38,10 @@ OTHERS = [
     KdaFwdConfig("fp16", "safe", 1, dtype="fp16"), KdaFwdConfig("fp32", "softplus", 2, dtype="fp16"),
     KdaBuildConfig("fp16", "log", dtype="fp16"), KdaFwdConfig(K=64), KdaFwdConfig("fp32", "softplus", 2, K=64),
     KdaFwdConfig(V=64), KdaFwdConfig("fp32", "log", 1, True, "fp16", 64, 64), KdaDecodeConfig(K=64),
-    KdaDecodeConfig("fp32", "log", True, "fp16", 64, 64),
+    KdaDecodeConfig("fp32", "log", True, "fp16", 64, 64), KdaFwdConfig(checkpoints="every"),
+    KdaFwdConfig("fp32", "softplus", 2, checkpoints="every"),
+    KdaFwdConfig("fp32", "softplus", 2, True, checkpoints="offsets"), KdaDecodeConfig(by_token=True),
+    KdaDecodeConfig("fp32", "softplus", True, by_token=True), KdaDecodeConfig(K=64, V=64, by_token=True),
 ]  # fmt: skip
 configs = pytest.mark.parametrize("config", [*all_configs(), *OTHERS], ids=lambda config: config.name)
 

@@ -166,7 +166,8 @@ FOR_THE_GPU = {
     for name, entry in BAD.items()
     if entry[0] is not SOFTPLUS and name not in ("q-list", "backend-cute-cpu", "out-and-grad")
     and not name.startswith(("cu_seqlens-start", "cu_seqlens-neg", "cu_seqlens-dec", "cu_seqlens-past"))
-    and name not in ("indices-past-the-pool", "indices-twice", "checkpoint-indices-past-the-pool")  # nor are these values looked at
+    # nor are these values looked at
+    and name not in ("indices-past-the-pool", "indices-twice", "checkpoint-indices-past-the-pool")
 }  # fmt: skip
 
 

@@ -61,6 +61,9 @@ def truth(call: Call) -> Truth:
     o, S = chunked(**kwargs)
     assert S is not None
     typical = o[:, :, case.HV :].square().sum(-1).unflatten(2, (DIRECTIONS, case.HV)).mean(2).sqrt()
+    for n in call.null.nonzero().flatten().tolist():
+        at = (n, slice(None)) if case.cu_seqlens is None else (0, slice(case.cuts[n], case.cuts[n + 1]))
+        o[at], typical[at] = 0, 0
     return Truth(o[:, :, : case.HV], typical, S[:, : case.HV])
 
 
@@ -135,6 +138,26 @@ def check_state(call: Call, S: torch.Tensor, expected: Truth, at_most: float = B
         assert torch.equal(S[empty], expected.S[empty].to(S.dtype)), "final_state of an empty sequence changed"
 
 
+def check_offsets(call: Call, before: torch.Tensor) -> None:
+    """Per checkpoint and head: what is kept is right, and the rest of checkpoint_state is what it was before."""
+    states = call.tensors["checkpoint_state"]
+    want = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in call.kwargs.items()}
+    want["initial_state"] = call.oracle_kwargs.get("initial_state")
+    for name in ("state_indices", "has_initial_state"):
+        want.pop(name, None)
+    want["checkpoint_state"] = before.clone()
+    if call.null.any():
+        want["checkpoint_offsets"][call.null] = 0
+    chunk_kda(**want, backend="reference")
+    kept = want["checkpoint_state"]
+    error = (states.double() - kept.double()).flatten(-2).norm(dim=-1)
+    rounding = 2.0**-9 * kept.double().flatten(-2).norm(dim=-1)
+    allowed = state_bound(kept, call.case.state_v_first) + rounding + _nothing(call)
+    assert (error <= allowed).all(), f"checkpoints: {(error / allowed).max():.2f} times as far off as allowed"
+    untouched = (kept == before).flatten(-2).all(-1)
+    assert torch.equal(states[untouched], before[untouched]), "a checkpoint where none is asked for"
+
+
 def check_checkpoints(call: Call, states: torch.Tensor) -> None:
     """Per checkpoint and head."""
     case, kwargs = call.case, call.kwargs
@@ -151,5 +174,5 @@ def check_checkpoints(call: Call, states: torch.Tensor) -> None:
 def _nothing(call: Call) -> float:
     """What may be left where nothing should be, of the largest magnitude that goes into o and S."""
     names = [name for name in ("v", "initial_state") if name in call.inputs and call.tensors[name].numel()]
-    largest = 1 + max((call.tensors[name].abs().max().item() for name in names), default=0.0)
+    largest = 1 + max((call.tensors[name].nan_to_num(0.0).abs().max().item() for name in names), default=0.0)
     return (TINY if call.case.gate == "safe" else FORGOTTEN) * largest

@@ -14,6 +14,7 @@ import torch
 from kda_cute import chunk_kda, fused_recurrent_kda, known_calls
 from kda_cute.backends import hopper
 from kda_cute.kernels.config import GATES
+from tests import by_token
 from tests.gpu.oracle import BOUND, relative_error
 
 LENGTHS = (0, 1, 15, 16, 17, 32, 33, 0, 70, 200)
@@ -48,6 +49,52 @@ def call(
     )  # fmt: skip
 
     return max(relative_error(o.cpu(), expected_o), relative_error(s.cpu(), expected_s))
+
+
+def serving(split: int, state_dtype: torch.dtype) -> float:
+    """States in a pool with gaps, null sequences, others without an initial state, and states after some tokens."""
+    hopper.v_split = lambda *_: split
+    hopper.sm_count = lambda _: 4
+    hopper.builds_maps = lambda *_: split == 1
+    known_calls.known.clear()
+    N, T, cuda = len(LENGTHS), sum(LENGTHS) + 5, {"device": "cuda"}
+    q, k, v, g = (torch.randn(1, T, H, D, **cuda).bfloat16() for _ in range(4))
+    beta = torch.randn(1, T, 2 * H, **cuda).bfloat16()[..., :H]
+    pools = [torch.randn(N + 3, H + 2, D, D, **cuda).to(state_dtype)[:, :H] for _ in range(2)]
+    offsets = torch.tensor([[n // 2, 16, n] for n in LENGTHS], **cuda)
+    arguments = dict(
+        use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, use_gate_in_kernel=True, lower_bound=-5.0,
+        state_v_first=True, A_log=torch.rand(H, **cuda), dt_bias=torch.rand(H, D, **cuda), null_index=0,
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(LENGTHS)], **cuda),
+        state_indices=torch.tensor([3, 0, 5, 1, -1, 7, 8, 9, 10, 2], **cuda),
+        has_initial_state=torch.arange(N, **cuda) % 3 > 0, checkpoint_offsets=offsets,
+        checkpoint_indices=torch.arange(3 * N, **cuda).view(N, 3) % (N + 3) * (torch.arange(3, **cuda) == 1),
+    )  # fmt: skip
+    on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    expected = [x.to("cpu", copy=True) for x in pools]
+    o, _ = chunk_kda(q, k, v, g, beta, initial_state=pools[0], checkpoint_state=pools[1], **arguments)
+    o_cpu, _ = chunk_kda(
+        q.cpu(),
+        k.cpu(),
+        v.cpu(),
+        g.cpu(),
+        beta.cpu(),
+        initial_state=expected[0],
+        checkpoint_state=expected[1],
+        **on_cpu,
+    )
+    return max(relative_error(x.cpu(), y) for x, y in zip((o, *pools), (o_cpu, *expected), strict=True))
+
+
+def tokens_of(kind: str, v_first: bool) -> float:
+    kwargs = by_token.arguments(
+        "cuda", seed=8, kind=kind, v_first=v_first, null=0, dtypes=("fp32", "bf16"), wide=v_first, update=True, has=True,
+        lengths=(9, 17, 2), group=1, gate="safe", gap=4, packed=True,
+    )  # fmt: skip
+    on_cpu = {name: x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+    o, o_cpu = fused_recurrent_kda(**kwargs)[0], fused_recurrent_kda(**on_cpu)[0]
+    pairs = [(o, o_cpu), *((kwargs[name], on_cpu[name]) for name in by_token.WRITTEN if name in kwargs)]
+    return max(relative_error(x.cpu(), y) for x, y in pairs)
 
 
 def decode(g_dtype: torch.dtype, gate: str, state_dtype: torch.dtype, state_v_first: bool) -> float:
@@ -85,6 +132,14 @@ def main() -> None:
         state_dtype = torch.bfloat16 if gate == "safe" else torch.float32
         found = decode(g_dtype, gate, state_dtype, v_first)
         print(f"decode {g_dtype=} {gate=} {state_dtype=} {v_first=} error {found:.1e}", flush=True)
+        assert found < BOUND
+    for kind, v_first in itertools.product(by_token.KINDS, (False, True)):
+        found = tokens_of(kind, v_first)
+        print(f"decode by token {kind=} {v_first=} error {found:.1e}", flush=True)
+        assert found < BOUND
+    for split, state_dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
+        found = serving(split, state_dtype)
+        print(f"serving {split=} {state_dtype=} error {found:.1e}", flush=True)
         assert found < BOUND
     cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), GATES, (False, True), (True, False))
     cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kda_cute import chunk_kda, fused_recurrent_kda, known_calls
+from kda_cute import chunk_kda, fused_recurrent_kda, known_calls, replay_shape
+from tests import by_token
 from tests.gpu.oracle import BOUND, relative_error
 from tests.gpu.test_kda_gpu import DEVICE, check
 from tests.strategies import Case, cases, make
@@ -27,7 +28,9 @@ def decode(safe_gate: bool = False, **kwargs: Any) -> Any:
 
 def short(case: Case) -> Case:
     """At most 16 tokens a sequence, no checkpoints."""
-    return replace(case, lengths=tuple(n % 17 for n in case.lengths), checkpoint_interval=None)
+    return replace(
+        case, lengths=tuple(n % 17 for n in case.lengths), checkpoint_interval=None, offsets=None, batch_invariant=False
+    )
 
 
 @settings(settings.get_profile(os.environ.get("KDA_CUTE_GPU_PROFILE", "gpu")))
@@ -60,6 +63,46 @@ def test_states_after_each_token(seed: int, v_first: bool, bf16: bool) -> None:
                                backend="reference")[2]  # fmt: skip
     assert relative_error(states[:, : case.cuts[-1]], want[:, : case.cuts[-1]]) <= AT_MOST
     assert (states[:, case.cuts[-1] :] == 0).all()
+
+
+@settings(settings.get_profile(os.environ.get("KDA_CUTE_GPU_PROFILE", "gpu")))
+@given(call=by_token.calls)
+def test_call_by_token(call: dict[str, Any]) -> None:
+    """Slots and rows for single tokens, tokens on record: as the reference has it, and nothing else written."""
+    kwargs = by_token.arguments(DEVICE, **call)
+    given, want = by_token.copied(kwargs), by_token.copied(kwargs)
+    o = fused_recurrent_kda(**given)[0]
+    expected = fused_recurrent_kda(**want, backend="reference")[0]
+    assert torch.equal(o, expected) or relative_error(o, expected) <= AT_MOST
+    for name in by_token.WRITTEN:
+        if name not in kwargs:
+            continue
+        x, y, before = given[name], want[name], kwargs[name]
+        same = (y == before).flatten(-2).all(-1)
+        assert torch.equal(x[same], before[same]), f"{name} is written where it must not be"
+        assert same.all() or relative_error(x[~same], y[~same]) <= AT_MOST, name
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+def test_steps_with_replay_are_those_without(v_first: bool) -> None:
+    """Three tokens a step, of which some count: the states are those of the tokens that do, one after the other."""
+    case = Case(77, (30,) * 5, H=4, initial_state="fp32", state_v_first=v_first)
+    kwargs, names = make(case, DEVICE).kwargs, ("q", "k", "v", "g", "beta")
+    state = kwargs.pop("initial_state").clone()
+    record = torch.zeros(replay_shape(5, 3, 4, 128, 128), device=DEVICE)
+    accepted, at, counted = torch.zeros(5, dtype=torch.int32, device=DEVICE), [0] * 5, state.clone()
+    for step in range(6):
+        drafts = {name: torch.stack([kwargs[name][n, at[n] : at[n] + 3] for n in range(5)]) for name in names}
+        o, _ = decode(**{**kwargs, **drafts, "initial_state": state, "replay": record, "num_accepted_tokens": accepted})
+        assert relative_error(state, counted) <= AT_MOST
+        plain, _ = decode(**{**kwargs, **drafts, "initial_state": counted, "output_final_state": True})
+        assert relative_error(o, plain) <= AT_MOST
+        accepted = torch.tensor([1 + (step + n) % 3 for n in range(5)], dtype=torch.int32, device=DEVICE)
+        for n, count in enumerate(accepted.tolist()):
+            one = {name: kwargs[name][n : n + 1, at[n] : at[n] + count] for name in names}
+            one = {**kwargs, **one, "initial_state": counted[n : n + 1], "output_final_state": True}
+            counted[n : n + 1] = decode(**one)[1]
+            at[n] += count
 
 
 @pytest.mark.parametrize("v_first", [False, True])

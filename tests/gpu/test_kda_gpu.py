@@ -27,12 +27,13 @@ from tests.gpu.oracle import (
     DRAW,
     check_checkpoints,
     check_o,
+    check_offsets,
     check_state,
     give_memory_back,
     relative_error,
     truth,
 )
-from tests.strategies import DTYPES, Call, Case, Guarded, cases, make
+from tests.strategies import DTYPES, Call, Case, Guarded, cases, guarded_states, make
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -87,6 +88,13 @@ def run(call: Call, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- the whole contract
 
 
+def replaced(call: Call, pool: torch.Tensor | None) -> Call:
+    """The call as it was before its pool was written."""
+    if pool is None:
+        return call
+    return Call({**call.inputs, "initial_state": Guarded(pool, pool)}, call.flags, call.case)
+
+
 def check(case: Case, run: Callable[..., Any] = chunk_kda, at_most: float = BOUND, draw: float = DRAW) -> None:
     """One call between canaries, with poison where its results go, against fp64."""
     give_memory_back()
@@ -101,12 +109,17 @@ def check(case: Case, run: Callable[..., Any] = chunk_kda, at_most: float = BOUN
         torch.full(shape, math.nan, dtype=DTYPES[case.dtype], device=DEVICE)
     if case.final_state in ("bf16", "fp32"):
         dtype = DTYPES[case.final_state]
-        outputs["final_state"] = Guarded.allocate(case.state_shape, dtype, DEVICE, SENTINEL, offset=case.state_offset)
+        outputs["final_state"] = guarded_states(
+            torch.empty(case.state_shape, dtype=dtype, device=DEVICE), case, SENTINEL
+        )
     for guarded in outputs.values():
         guarded.tensor.fill_(math.nan)
     indices = call.tensors.get("state_indices")
     if indices is not None:
         outputs["initial_state"] = call.inputs["initial_state"]
+    if case.offsets is not None:
+        outputs["checkpoint_state"] = call.inputs["checkpoint_state"]
+        kept_before = call.tensors["checkpoint_state"].clone()
     before = {name: guarded.snapshot() for name, guarded in {**call.inputs, **outputs}.items()}
     pool = call.tensors["initial_state"].clone() if indices is not None else None
 
@@ -131,12 +144,14 @@ def check(case: Case, run: Callable[..., Any] = chunk_kda, at_most: float = BOUN
     check_o(call, o, expected, at_most)
     if case.checkpoint_interval is not None:
         check_checkpoints(call, states[0])
+    if case.offsets is not None:
+        check_offsets(replaced(call, pool), kept_before)
     if indices is not None:
         assert S is outputs["initial_state"].tensor and pool is not None
-        kept = indices >= 0
+        kept = ~call.null
         others = torch.ones(len(S), dtype=torch.bool, device=S.device)
         others[indices[kept]] = False
-        assert torch.equal(S[others], pool[others])
+        assert torch.equal(bits(S[others]), bits(pool[others]))
         final = expected.S.to(S.dtype)  # what is not kept is not compared
         final[kept] = S[indices[kept]]
         check_state(call, final, expected, at_most, draw)
