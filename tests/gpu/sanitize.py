@@ -88,8 +88,8 @@ def serving(split: int, state_dtype: torch.dtype) -> float:
 
 def tokens_of(kind: str, v_first: bool) -> float:
     kwargs = by_token.arguments(
-        "cuda", seed=8, kind=kind, v_first=v_first, null=0, dtypes=("fp32", "bf16"), wide=v_first, update=True, has=True,
-        lengths=(9, 17, 2), group=1, gate="safe", gap=4, packed=True,
+        "cuda", seed=8, kind=kind, v_first=v_first, null=0, dtypes=("fp32", "bf16"), wide=v_first, update=True,
+        has=True, lengths=(9, 17, 2), group=1, gate="safe", gap=4, packed=True,
     )  # fmt: skip
     on_cpu = {name: x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
     o, o_cpu = fused_recurrent_kda(**kwargs)[0], fused_recurrent_kda(**on_cpu)[0]
