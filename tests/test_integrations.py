@@ -11,15 +11,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import kda_cute
+from kda_cute.integrations import parameters, when_imported
 from kda_cute.integrations import sglang as sglang_plugin
-from kda_cute.integrations import when_imported
+from kda_cute.integrations import vllm as vllm_plugin
 
 H, D, SLOTS = 2, 16, 6
 POOL_IN_PLACE = pytest.mark.skipif(
@@ -27,9 +28,9 @@ POOL_IN_PLACE = pytest.mark.skipif(
 )
 
 
-def function(name: str, parameters: str, indent: str = "") -> str:
+def function(name: str, takes: str, indent: str = "") -> str:
     """Source of a function that notes its call in the package's list `calls`. Only the first parameter is required."""
-    given, *rest = parameters.split()
+    given, *rest = takes.split()
     signature = ", ".join([given, *(x if x.startswith("*") else f"{x}=None" for x in rest)])
     body = f"import {{package}} as p; p.calls.append(({name!r}, dict(locals()))); return {name!r}, None"
     return f"{indent}def {name}({signature}):\n{indent}    {body}\n"
@@ -66,7 +67,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         del sys.modules[name]
     for finder in sys.meta_path:
         getattr(finder, "waiting", {}).clear()
-    sglang_plugin.once.said.clear()
+    for plugin in (sglang_plugin, vllm_plugin):
+        plugin.once.said.clear()
 
 
 class Recorder:
@@ -525,6 +527,417 @@ def test_sglang_numbers(kernel: Any) -> None:
         close(states[slot], last[0])
 
 
+# ---- vLLM
+
+# Parameters of the functions that are replaced, as vllm 0.33.0 has them.
+K3, K3_OPS = "vllm.models.kimi_k3.nvidia.kda", "vllm.models.kimi_k3.nvidia.ops.third_party.kda"
+GLM, LING = "vllm.models.glm5next.common.kda", "vllm.model_executor.models.bailing_moe_v3"
+VLLM = {
+    K3: {
+        "_flashkda_prefill": "q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, out, "
+        "final_state, workspace, checkpoint_state=None, checkpoint_offsets=None",
+    },
+    K3_OPS: {
+        "chunk_kda_with_fused_gate": "q, k, v, raw_g, raw_beta, A_log, g_bias, scale=None, initial_state=None, "
+        "output_final_state=False, lower_bound=None, use_qk_l2norm_in_kernel=False, cu_seqlens=None, out=None, "
+        "**kwargs",
+        "fused_recurrent_kda": "q, k, v, raw_g, raw_beta, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, "
+        "ssm_state_indices, num_accepted_tokens=None, out=None, fuse_gate=None",
+        "fused_recurrent_kda_packed_decode": "mixed_qkv, raw_g, raw_beta, A_log, dt_bias, lower_bound, "
+        "initial_state, state_indices, scale=None, out=None",
+    },
+    GLM: {
+        "gather_initial_states": "state, indices, has_initial_state",
+        "scatter_states": "state, src, indices",
+        "Glm5NextLinearAttention._flashkda_prefill": "self, q, k, v, g, beta, initial_state, cu_seqlens, out, "
+        "checkpoint=None, raw_qkv=None, conv_state=None, recurrent_state=None",
+        "chunk_kda_with_fused_gate": "q, k, v, raw_g, beta, A_log, g_bias, scale=None, initial_state=None, "
+        "output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None, safe_gate=False, "
+        "lower_bound=-5.0, **kwargs",
+        "fused_recurrent_kda": "q, k, v, g, beta=None, scale=None, initial_state=None, inplace_final_state=True, "
+        "use_qk_l2norm_in_kernel=True, cu_seqlens=None, ssm_state_indices=None, num_accepted_tokens=None, out=None, "
+        "sigmoid_beta=False, a_log=None, g_bias=None, compute_gate=False, lower_bound=-5.0, **kwargs",
+    },
+    LING: {
+        "chunk_kda": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
+        "use_qk_l2norm_in_kernel=False, cu_seqlens=None, **kwargs",
+        "fused_recurrent_kda": "q, k, v, g, beta=None, scale=None, initial_state=None, inplace_final_state=True, "
+        "use_qk_l2norm_in_kernel=True, cu_seqlens=None, ssm_state_indices=None, **kwargs",
+        "fused_recurrent_kda_fwd": "q, k, v, g, beta, scale, initial_state, inplace_final_state=True, "
+        "cu_seqlens=None, ssm_state_indices=None, num_accepted_tokens=None, use_qk_l2norm_in_kernel=False",
+    },
+}
+
+
+def vllm_modules(version: str = "0.33.0", hopper: bool = True, **changed: str | None) -> dict[str, str]:
+    """changed: other parameters of a function, or None for no such function."""
+    modules = {
+        "vllm.version": f"__version__ = {version!r}\n",
+        "vllm.platforms": "class current_platform:\n    is_cuda = staticmethod(lambda: True)\n"
+        f"    is_device_capability = staticmethod(lambda capability: {hopper})\n",
+    }
+    for module, functions in VLLM.items():
+        source, inside = "", ""
+        for path, signature in functions.items():
+            *classes, name = path.split(".")
+            given = changed.get(name, signature)
+            if given is None:
+                continue
+            if classes and inside != classes[0]:
+                source += f"class {classes[0]}:\n"
+            inside = classes[0] if classes else ""
+            pad = "    " * len(classes)
+            source += f"{pad}def {name}({given}):\n{pad}    import vllm as p\n"
+            source += f"{pad}    p.calls.append(({name!r}, dict(locals())))\n{pad}    return {name!r}, None\n"
+        modules[module] = source
+    return modules
+
+
+@pytest.fixture
+def vllm(server: Any) -> ModuleType:
+    module = server("vllm", vllm_modules())
+    vllm_plugin.register()
+    return module
+
+
+@pytest.fixture
+def shown(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_vllm_is_changed_when_a_model_is_loaded(vllm: ModuleType, shown: pytest.LogCaptureFixture) -> None:
+    assert not shown.messages and not [x for x in sys.modules if x in VLLM]
+    for name, functions in VLLM.items():
+        module = importlib.import_module(name)
+        for path in functions:
+            *classes, last = path.split(".")
+            owner = getattr(module, classes[0]) if classes else module
+            ours = getattr(owner, last)
+            assert ours.__wrapped__.__module__ == name and parameters(ours) == parameters(ours.__wrapped__)
+        names = ", ".join(path.split(".")[-1] for path in functions)
+        assert shown.messages[-1] == f"kda_cute {kda_cute.__version__}: in {name} replaced {names}"
+    assert {x.levelname for x in shown.records} == {"INFO"} and len(shown.records) == len(VLLM)
+    own = importlib.import_module(K3)._flashkda_prefill
+    vllm_plugin.register()
+    assert importlib.import_module(K3)._flashkda_prefill is own and len(shown.records) == len(VLLM)
+
+
+def test_vllm_off(server: Any, monkeypatch: pytest.MonkeyPatch, shown: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("KDA_CUTE_VLLM", "0")
+    server("vllm", vllm_modules())
+    vllm_plugin.register()
+    assert shown.messages == ["kda_cute: vLLM keeps its kernels, KDA_CUTE_VLLM is 0"]
+    assert not hasattr(importlib.import_module(K3)._flashkda_prefill, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    ("modules", "line"),
+    [
+        (vllm_modules("0.34.0"), "vLLM keeps its kernels: known is 0.33.x, this is 0.34.0"),
+        (vllm_modules("dev"), "vLLM keeps its kernels: known is 0.33.x, this is dev"),
+        ({**vllm_modules(), "vllm.version": ""}, "vLLM's plugin failed, kernels of the server stay: ImportError"),
+        (vllm_modules(hopper=False), f"{K3} is left alone: needs a Hopper GPU (9.0)"),
+        ({**vllm_modules(), "vllm.platforms": ""}, f"the change of {K3} failed, kernels of the server stay: Impo"),
+        (vllm_modules(_flashkda_prefill=None), "replaced nothing; left _flashkda_prefill: there is no _flashkda_pre"),
+        (vllm_modules(_flashkda_prefill="q, k, v"), "left _flashkda_prefill: parameters of _flashkda_prefill are (q, "),
+    ],
+    ids=["newer", "dev", "no version", "no Hopper", "no platform", "no function", "another function"],
+)  # fmt: skip
+def test_vllm_that_is_not_known(
+    server: Any, modules: dict[str, str], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server("vllm", modules)
+    vllm_plugin.register()
+    module = importlib.import_module(K3)
+    assert line in caplog.text and {x.levelname for x in caplog.records} == {"WARNING"}
+    assert not hasattr(getattr(module, "_flashkda_prefill", None), "__wrapped__")
+
+
+def test_functions_that_only_work_together_stay_together(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server("vllm", vllm_modules(scatter_states="state, src, indices, mask"))
+    vllm_plugin.register()
+    module = importlib.import_module(GLM)
+    assert not hasattr(module.gather_initial_states, "__wrapped__")
+    assert not hasattr(module.Glm5NextLinearAttention._flashkda_prefill, "__wrapped__")
+    assert hasattr(module.fused_recurrent_kda, "__wrapped__")
+    assert "replaced fused_recurrent_kda; left gather_initial_states, scatter_states, Glm5Next" in caplog.text
+
+
+def prefill(T: int = 40) -> dict[str, Any]:
+    """What vLLM's prefill functions are called with, for sequences of 0 and T tokens."""
+    q, k, v = qkv(packed(T))
+    return {"q": q, "k": k, "v": v, **inputs(T), "cu_seqlens": torch.tensor([0, 0, T], dtype=torch.int32)}
+
+
+def test_vllm_k3_prefill(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x = Recorder(monkeypatch, "chunk_kda"), prefill()
+    first, last, kept = (torch.zeros(2, H, D, D) for _ in range(3))
+    offsets, out = torch.tensor([0, 16], dtype=torch.int32), torch.empty(1, 40, H, D)
+    call = dict(x, lower_bound=-5.0, initial_state=first, out=out, final_state=last, workspace=torch.empty(1))
+    function = importlib.import_module(K3)._flashkda_prefill
+    o, state = function(**call)
+    assert o is out and state is last and "checkpoint_offsets" not in ours.call
+    function(**call, checkpoint_state=kept, checkpoint_offsets=offsets)
+    given = ours.calls[-1]
+    assert all(same(given[name], x[name]) for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens"))
+    assert given["initial_state"] is first and given["final_state"] is last and given["out"] is out
+    assert given["checkpoint_state"] is kept and given["checkpoint_offsets"] is offsets
+    assert given["use_gate_in_kernel"] and given["use_beta_sigmoid_in_kernel"] and given["use_qk_l2norm_in_kernel"]
+    assert given["lower_bound"] == -5.0 and given["state_v_first"] and "state_indices" not in given
+    assert not vllm.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vllm_kimi_linear_prefill(vllm: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x = Recorder(monkeypatch, "chunk_kda"), prefill()
+    first = torch.zeros(2, H, D, D, dtype=dtype)
+    o, last = importlib.import_module(K3_OPS).chunk_kda_with_fused_gate(
+        q=x["q"], k=x["k"], v=x["v"], raw_g=x["g"], raw_beta=x["beta"], A_log=x["A_log"], g_bias=x["dt_bias"],
+        lower_bound=None, initial_state=first, output_final_state=True, use_qk_l2norm_in_kernel=True,
+        cu_seqlens=x["cu_seqlens"],
+    )  # fmt: skip
+    given = ours.call
+    assert (o == 7).all() and last is given["final_state"] and last.dtype == dtype and last is not first
+    assert same(given["g"], x["g"]) and same(given["beta"], x["beta"]) and same(given["dt_bias"], x["dt_bias"])
+    assert given["lower_bound"] is None and given["use_gate_in_kernel"] and given["use_beta_sigmoid_in_kernel"]
+
+
+def test_vllm_packed_decode(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x, mixed, states = Recorder(monkeypatch, "fused_recurrent_kda"), inputs(3), packed(3), pool()
+    indices, out = torch.tensor([4, 0, -1], dtype=torch.int32), torch.empty(1, 5, H, D)[:, 1:4]
+    function = importlib.import_module(K3_OPS).fused_recurrent_kda_packed_decode
+    call = dict(
+        mixed_qkv=mixed, raw_g=x["g"], raw_beta=x["beta"], A_log=x["A_log"].flatten(), dt_bias=x["dt_bias"],
+        lower_bound=-5.0, initial_state=states, state_indices=indices,
+    )  # fmt: skip
+    o, pool_again = function(**call)
+    given = ours.call
+    assert o.shape == (1, 3, H, D) and pool_again is states and same(given["initial_state"], states)
+    assert torch.equal(given["q"].transpose(0, 1), qkv(mixed)[0]) and given["q"].data_ptr() == mixed.data_ptr()
+    assert given["g"].shape == (3, 1, H, D) and given["beta"].data_ptr() == x["beta"].data_ptr()
+    assert given["null_index"] == 0 and given["state_indices"] is indices and given["state_v_first"]
+    assert given.get("scale") is None and given.get("cu_seqlens") is None and given["lower_bound"] == -5.0
+    o, _ = function(**call, out=out)
+    assert o is out and (out == 7).all() and ours.calls[-1]["out"].shape == (3, 1, H, D)
+
+
+def test_vllm_speculative_decode(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x, (q, k, v) = Recorder(monkeypatch, "fused_recurrent_kda"), inputs(6), qkv(packed(6))
+    states, table = pool(), torch.tensor([[1, 2, 3], [4, 5, 0], [0, 0, 0]], dtype=torch.int32)
+    accepted, starts = torch.tensor([2, 1, 1], dtype=torch.int32), torch.tensor([0, 3, 6], dtype=torch.int32)
+    out = torch.empty(1, 6, H, D)
+    o, again = importlib.import_module(K3_OPS).fused_recurrent_kda(
+        q=q, k=k, v=v, raw_g=x["g"], raw_beta=x["beta"], A_log=x["A_log"].flatten(), dt_bias=x["dt_bias"],
+        lower_bound=-5.0, initial_state=states, cu_seqlens=starts, ssm_state_indices=table,
+        num_accepted_tokens=accepted, out=out,
+    )  # fmt: skip
+    given = ours.call
+    assert (o == 7).all() and given["out"] is out and again is states
+    assert same(given["state_indices"], table[:2]) and same(given["num_accepted_tokens"], accepted[:2])
+    assert given["null_index"] == 0 and given["use_gate_in_kernel"] and given["use_beta_sigmoid_in_kernel"]
+
+
+class Exporter:
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def export(self, checkpoint: Any, **others: Any) -> None:
+        self.calls.append((checkpoint, others))
+
+
+def glm_layer(x: dict[str, Any]) -> Any:
+    layer = importlib.import_module(GLM).Glm5NextLinearAttention()
+    layer.A_log, layer.dt_bias, layer.kda_lower_bound, layer.head_dim = x["A_log"], x["dt_bias"], -5.0, D
+    layer._checkpoint_exporter = Exporter()
+    return layer
+
+
+ROWS = (torch.tensor([1, 3], dtype=torch.int32), torch.tensor([False, True]))
+
+
+def test_vllm_glm_prefill_in_place(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool is neither gathered nor scattered."""
+    ours, x, states, module = Recorder(monkeypatch, "chunk_kda"), prefill(), pool(), importlib.import_module(GLM)
+    layer = glm_layer(x)
+    arguments = {name: x[name] for name in ("q", "k", "v", "g", "beta", "cu_seqlens")}
+    checkpoint = SimpleNamespace(checkpoint_offsets=torch.tensor([0, 16], dtype=torch.int32))
+    raw, conv, out = torch.zeros(1), torch.zeros(2), torch.empty(1, 40, H, D)
+    first = module.gather_initial_states(states, *ROWS)
+    o, last = layer._flashkda_prefill(
+        **arguments, initial_state=first, out=out, checkpoint=checkpoint, raw_qkv=raw, conv_state=conv,
+        recurrent_state=states,
+    )  # fmt: skip
+    module.scatter_states(states, last, ROWS[0])
+    given = ours.call
+    assert o is out and not vllm.calls and same(given["initial_state"], states) and "final_state" not in given
+    assert given["state_indices"] is ROWS[0] and given["has_initial_state"] is ROWS[1] and given["null_index"] == 0
+    assert given["A_log"] is x["A_log"] and given["lower_bound"] == -5.0
+    assert given["checkpoint_offsets"] is checkpoint.checkpoint_offsets
+    kept = given["checkpoint_state"]
+    assert kept.shape == (2, H, D, D) and kept.dtype == states.dtype
+    ((about, others),) = layer._checkpoint_exporter.calls
+    assert about is checkpoint and others == {
+        "raw_qkv": raw, "conv_state": conv, "recurrent_checkpoint": kept, "recurrent_state": states,
+        "cu_seqlens": x["cu_seqlens"],
+    }  # fmt: skip
+    layer._flashkda_prefill(**arguments, initial_state=first, out=None)
+    assert len(layer._checkpoint_exporter.calls) == 1 and ours.calls[-1]["out"] is None
+
+
+def test_vllm_glm_prefill_that_is_refused(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own functions get gathered states, and scatter theirs."""
+    Recorder(monkeypatch, "chunk_kda", ValueError("no"))
+    x, states, module = prefill(), pool(), importlib.import_module(GLM)
+    layer, checkpoint = glm_layer(x), SimpleNamespace(checkpoint_offsets=torch.zeros(2))
+    arguments = {name: x[name] for name in ("q", "k", "v", "cu_seqlens")}
+    first = module.gather_initial_states(states, *ROWS)
+    gathered = ("gather_initial_states", None)  # what the stand-in returns
+    result = layer._flashkda_prefill(
+        **arguments, g=x["g"], beta=x["beta"], initial_state=first, out=None, checkpoint=checkpoint
+    )
+    assert result == ("_flashkda_prefill", None) and not layer._checkpoint_exporter.calls
+    result = module.chunk_kda_with_fused_gate(
+        **arguments, raw_g=x["g"], beta=x["beta"], A_log=x["A_log"], g_bias=x["dt_bias"], initial_state=first
+    )
+    assert result == ("chunk_kda_with_fused_gate", None)
+    module.scatter_states(states, torch.zeros(2, H, D, D), ROWS[0])
+    names = [name for name, _ in vllm.calls]
+    assert names == [
+        "gather_initial_states", "_flashkda_prefill", "gather_initial_states", "chunk_kda_with_fused_gate",
+        "scatter_states",
+    ]  # fmt: skip
+    assert vllm.calls[1][1]["initial_state"] == vllm.calls[3][1]["initial_state"] == gathered
+    assert vllm.calls[1][1]["checkpoint"] is checkpoint and vllm.calls[0][1]["state"] is states
+
+
+@pytest.mark.parametrize("safe_gate", [True, False])
+def test_vllm_glm_chunks(vllm: ModuleType, safe_gate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x, states, module = Recorder(monkeypatch, "chunk_kda"), prefill(), pool(), importlib.import_module(GLM)
+    o, last = module.chunk_kda_with_fused_gate(
+        q=x["q"], k=x["k"], v=x["v"], raw_g=x["g"], beta=x["beta"], A_log=x["A_log"], g_bias=x["dt_bias"],
+        initial_state=module.gather_initial_states(states, *ROWS), output_final_state=True,
+        use_qk_l2norm_in_kernel=True, cu_seqlens=x["cu_seqlens"], safe_gate=safe_gate, lower_bound=-5.0,
+    )  # fmt: skip
+    given = ours.call
+    assert last is states and given["lower_bound"] == (-5.0 if safe_gate else None) and given["use_gate_in_kernel"]
+    assert not given.get("use_beta_sigmoid_in_kernel")  # vLLM has taken its sigmoid
+
+
+def test_vllm_glm_decode(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x, (q, k, v) = Recorder(monkeypatch, "fused_recurrent_kda"), inputs(3), qkv(packed(3))
+    states, starts = pool(), torch.arange(4, dtype=torch.int32)
+    function = importlib.import_module(GLM).fused_recurrent_kda
+    call = dict(
+        q=q, k=k, v=v, g=x["g"], beta=x["beta"], initial_state=states, use_qk_l2norm_in_kernel=True,
+        cu_seqlens=starts, ssm_state_indices=torch.tensor([4, 0, 2, 0, 0], dtype=torch.int32), sigmoid_beta=True,
+        a_log=x["A_log"], g_bias=x["dt_bias"], compute_gate=True, lower_bound=-5.0,
+    )  # fmt: skip
+    o, again = function(**call)
+    given = ours.call
+    assert (o == 7).all() and again is states and given["state_indices"].tolist() == [4, 0, 2]
+    assert given["use_gate_in_kernel"] and given["use_beta_sigmoid_in_kernel"] and given["A_log"] is x["A_log"]
+    assert given["null_index"] == 0 and given["lower_bound"] == -5.0 and "num_accepted_tokens" not in given
+    assert function(**{**call, "inplace_final_state": False}) == ("fused_recurrent_kda", None)
+    assert function(**call, unheard_of=1) == ("fused_recurrent_kda", None) and len(ours.calls) == 1
+    assert vllm.calls[-1][1]["kwargs"] == {"unheard_of": 1}
+
+
+@pytest.mark.parametrize(("lower_bound", "safe"), [(-5.0, True), (-8.0, False)])
+def test_vllm_ling_prefill(vllm: ModuleType, lower_bound: float, safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x, first = Recorder(monkeypatch, "chunk_kda"), prefill(), torch.zeros(2, H, D, D)
+    _, last = importlib.import_module(LING).chunk_kda(
+        q=x["q"], k=x["k"], v=x["v"], g=-x["g"].abs(), beta=x["beta"].sigmoid(), initial_state=first,
+        output_final_state=True, use_qk_l2norm_in_kernel=True, safe_gate=True, lower_bound=lower_bound,
+        cu_seqlens=x["cu_seqlens"],
+    )  # fmt: skip
+    given = ours.call
+    assert last is given["final_state"] and given["safe_gate"] is safe and "lower_bound" not in given
+    assert not given.get("use_gate_in_kernel") and not given.get("use_beta_sigmoid_in_kernel")
+
+
+def test_vllm_ling_decode(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, x, (q, k, v) = Recorder(monkeypatch, "fused_recurrent_kda"), inputs(4), qkv(packed(4))
+    states, module = pool(), importlib.import_module(LING)
+    call = dict(q=q, k=k, v=v, g=-x["g"].abs(), beta=x["beta"].sigmoid(), initial_state=states)
+    module.fused_recurrent_kda(
+        **call, use_qk_l2norm_in_kernel=True, safe_gate=True, lower_bound=-5.0,
+        cu_seqlens=torch.arange(5, dtype=torch.int32), ssm_state_indices=torch.tensor([1, 2, 0, 3]),
+    )  # fmt: skip
+    module.fused_recurrent_kda_fwd(
+        **call, scale=0.5, inplace_final_state=True, cu_seqlens=torch.tensor([0, 2, 4], dtype=torch.int32),
+        ssm_state_indices=torch.tensor([[1, 2], [3, 4]]), num_accepted_tokens=torch.tensor([1, 2]),
+        use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+    plain, speculative = ours.calls
+    assert plain["state_indices"].tolist() == [1, 2, 0, 3] and plain.get("scale") is None
+    assert speculative["num_accepted_tokens"].tolist() == [1, 2] and speculative["scale"] == 0.5
+    for given in ours.calls:
+        assert given["null_index"] == 0 and given["state_v_first"] and same(given["initial_state"], states)
+        assert not given.get("use_gate_in_kernel") and "lower_bound" not in given
+    per_value = {**call, "beta": torch.zeros(1, 4, H, D)}
+    result = module.fused_recurrent_kda_fwd(**per_value, scale=0.5, cu_seqlens=torch.arange(5))
+    assert result == ("fused_recurrent_kda_fwd", None)
+
+
+def test_vllm_runs_what_is_refused(
+    vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Recorder(monkeypatch, "chunk_kda", ValueError("K is 256: must be at most 128"))
+    x, function = prefill(), importlib.import_module(K3)._flashkda_prefill
+    call = dict(x, lower_bound=-5.0, initial_state=None, out=None, final_state=None, workspace=None)
+    for _ in range(3):
+        assert function(**call) == ("_flashkda_prefill", None)
+    (line,) = [x for x in caplog.messages if "own kernel" in x]
+    assert line.endswith("_flashkda_prefill goes to the server's own kernel: K is 256: must be at most 128")
+    assert len(vllm.calls) == 3 and all(vllm.calls[0][1][name] is value for name, value in call.items())
+
+
+@POOL_IN_PLACE
+def test_vllm_numbers(vllm: ModuleType) -> None:
+    T, states, module = 40, pool(), importlib.import_module(GLM)
+    x, before = prefill(T), states.clone()
+    x["cu_seqlens"] = torch.tensor([0, 17, T], dtype=torch.int32)
+    q, k, v = x["q"], x["k"], x["v"]
+    checkpoint = SimpleNamespace(checkpoint_offsets=torch.tensor([0, 16], dtype=torch.int32))
+    layer = glm_layer(x)
+    o, last = layer._flashkda_prefill(
+        q, k, v, x["g"], x["beta"], module.gather_initial_states(states, *ROWS), x["cu_seqlens"], None, checkpoint
+    )
+    kept = layer._checkpoint_exporter.calls[0][1]["recurrent_checkpoint"]
+    module.scatter_states(states, last, ROWS[0])
+    for slot, tokens, state in ((1, slice(0, 17), None), (3, slice(17, T), before[3])):
+        want, final = alone(q, k, v, x, tokens, state)
+        close(o[:, tokens], want)
+        close(states[slot], final[0])
+    close(kept[1], alone(q, k, v, x, slice(17, 33), before[3])[1][0])
+    assert torch.equal(states[[0, 2, 4, 5]], before[[0, 2, 4, 5]])
+
+    after, x, mixed = states.clone(), inputs(3), packed(3)
+    ops = importlib.import_module(K3_OPS)
+    o, _ = ops.fused_recurrent_kda_packed_decode(
+        mixed, x["g"], x["beta"], x["A_log"].flatten(), x["dt_bias"], -5.0, states, torch.tensor([4, 0, 2])
+    )
+    assert not o[:, 1].any() and torch.equal(states[0], after[0])
+    for n, slot in ((0, 4), (2, 2)):
+        want, final = alone(*qkv(mixed), x, slice(n, n + 1), after[slot])
+        close(o[:, n : n + 1], want)
+        close(states[slot], final[0])
+
+    after, x, (q, k, v) = states.clone(), inputs(4), qkv(packed(4))
+    table, accepted = torch.tensor([[1, 2], [3, 4]]), torch.tensor([2, 1])
+    o, _ = ops.fused_recurrent_kda(
+        q, k, v, x["g"], x["beta"], x["A_log"].flatten(), x["dt_bias"], -5.0, states,
+        torch.tensor([0, 2, 4], dtype=torch.int32), table, accepted,
+    )  # fmt: skip
+    for n, start in ((0, 2), (1, 3)):
+        for t in range(2):
+            tokens = slice(2 * n, 2 * n + t + 1)
+            want, final = alone(q, k, v, x, tokens, after[start])
+            close(o[:, tokens], want)
+            close(states[table[n, t]], final[0])
+
+
 # ---- what both share
 
 
@@ -547,6 +960,7 @@ def test_entry_points_exist() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for group, target in {
         "sglang.srt.plugins": "kda_cute.integrations.sglang:register",
+        "vllm.general_plugins": "kda_cute.integrations.vllm:register",
     }.items():
         assert f'[project.entry-points."{group}"]\nkda_cute = "{target}"' in text
         module, name = target.split(":")

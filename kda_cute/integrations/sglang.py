@@ -53,6 +53,9 @@ def _change(module: ModuleType) -> None:
 
     dispatcher = module.KDAKernelDispatcher
     own = dispatcher.__init__
+    if getattr(module, "__kda_cute__", False):
+        return
+    module.__kda_cute__ = True  # type: ignore[attr-defined]
     found = parameters(own)
     if found != ("self", *(f"{phase}_backend" for phase in PHASES)):
         log.warning("kda_cute: no backend for SGLang, its KDAKernelDispatcher takes %s", found)
