@@ -23,6 +23,7 @@ from kda_cute.integrations import sglang as sglang_plugin
 from kda_cute.integrations import vllm as vllm_plugin
 
 H, D, SLOTS = 2, 16, 6
+PAGE = (Path(__file__).parents[1] / "docs/serving.md").read_text()
 POOL_IN_PLACE = pytest.mark.skipif(
     "null_index" not in inspect.signature(kda_cute.chunk_kda).parameters, reason="chunk_kda has no null_index yet"
 )
@@ -227,6 +228,18 @@ def test_sglang_runs_the_phase_that_was_chosen(
     base = importlib.import_module(f"{LINEAR}.kernels.kernel_backend").LinearAttnKernelBase
     assert isinstance(kernels[phase], base) and kernels[phase].supports_track_state_snapshot
     assert caplog.messages[-1] == f"kda_cute {kda_cute.__version__}: SGLang's KDA {phase} on KdaCuteKernel"
+
+
+def test_the_page_has_the_lines_of_the_log(server: Any, monkeypatch: pytest.MonkeyPatch, shown: Any) -> None:
+    server("sglang", sglang_modules())
+    server("vllm", vllm_modules())
+    sglang_plugin.register()
+    vllm_plugin.register()
+    dispatch(monkeypatch, prefill="kda_cute", decode="kda_cute", verify="kda_cute")
+    for module in (K3, K3_OPS):
+        importlib.import_module(module)
+    _, *lines = shown.messages
+    assert len(lines) == 3 and all(f"    {line}\n" in PAGE for line in lines)
 
 
 def test_sglang_default_backend_is_decode_and_prefill(sglang: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

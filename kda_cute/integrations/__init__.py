@@ -6,17 +6,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-import os
 import sys
 from collections.abc import Callable, Generator
 from importlib.machinery import ModuleSpec
 from logging import Logger
 from types import ModuleType
 from typing import Any
-
-
-def switched_off(variable: str) -> bool:
-    return os.environ.get(variable, "1") == "0"
 
 
 @contextlib.contextmanager

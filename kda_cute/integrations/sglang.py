@@ -16,7 +16,8 @@ import torch
 
 import kda_cute
 
-from . import Once, harmless, parameters, switched_off, when_imported
+from ..environment import switch
+from . import Once, harmless, parameters, when_imported
 
 NAME = "kda_cute"
 KNOWN = ("0.5.23",)
@@ -32,7 +33,7 @@ def register() -> None:
     with harmless(log, "SGLang's plugin"):
         from sglang.version import __version__ as version
 
-        if switched_off("KDA_CUTE_SGLANG"):
+        if not switch("KDA_CUTE_SGLANG", True):
             log.info("kda_cute: no backend for SGLang, KDA_CUTE_SGLANG is 0")
         elif version.split("+")[0].split(".post")[0] not in KNOWN:
             log.warning("kda_cute: no backend for SGLang %s, known are %s", version, ", ".join(KNOWN))

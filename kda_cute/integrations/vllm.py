@@ -20,7 +20,8 @@ import torch
 
 import kda_cute
 
-from . import Once, harmless, switched_off, when_imported
+from ..environment import switch
+from . import Once, harmless, when_imported
 
 KNOWN = "0.33."
 
@@ -34,7 +35,7 @@ def register() -> None:
     with harmless(log, "vLLM's plugin"):
         from vllm.version import __version__ as version
 
-        if switched_off("KDA_CUTE_VLLM"):
+        if not switch("KDA_CUTE_VLLM", True):
             log.info("kda_cute: vLLM keeps its kernels, KDA_CUTE_VLLM is 0")
         elif not version.startswith(KNOWN):
             log.warning("kda_cute: vLLM keeps its kernels: known is %sx, this is %s", KNOWN, version)
