@@ -82,6 +82,7 @@ class Recorder:
         monkeypatch.setattr(kda_cute, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert not torch.is_grad_enabled()
         if self.error:
             raise self.error
         known = list(self.signature.parameters)
@@ -114,8 +115,8 @@ def inputs(T: int, seed: int = 1) -> dict[str, torch.Tensor]:
     return {
         "g": torch.randn(1, T, H, D, generator=r),
         "beta": torch.randn(1, T, 3 * H, generator=r)[..., H : 2 * H],
-        "A_log": torch.randn(1, 1, H, 1, generator=r),
-        "dt_bias": torch.randn(H * D, generator=r),
+        "A_log": torch.nn.Parameter(torch.randn(1, 1, H, 1, generator=r)),
+        "dt_bias": torch.nn.Parameter(torch.randn(H * D, generator=r)),
     }
 
 
@@ -491,7 +492,7 @@ def alone(
     return kda_cute.chunk_kda(
         *parts, initial_state=None if state is None else state[None].clone(), output_final_state=True,
         use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, lower_bound=-5.0,
-        state_v_first=True, A_log=x["A_log"], dt_bias=x["dt_bias"], backend="reference",
+        state_v_first=True, A_log=x["A_log"].detach(), dt_bias=x["dt_bias"].detach(), backend="reference",
     )  # fmt: skip
 
 

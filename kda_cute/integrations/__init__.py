@@ -13,6 +13,8 @@ from logging import Logger
 from types import ModuleType
 from typing import Any
 
+import torch
+
 
 @contextlib.contextmanager
 def harmless(log: Logger, what: str) -> Generator[None, None, None]:
@@ -40,9 +42,11 @@ class Once:
             self.log.warning(message, *args)
 
     def served(self, name: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
-        """ours(), or theirs() for arguments that our functions refuse, which they do before they touch a tensor."""
+        """ours(), or theirs() for arguments that our functions refuse, which they do before they touch a tensor. The
+        servers' parameters require gradients, which nobody wants here."""
         try:
-            return ours()
+            with torch.no_grad():
+                return ours()
         except (TypeError, ValueError, NotImplementedError) as error:
             return self.left(name, str(error), theirs)
 
