@@ -209,7 +209,7 @@ DECODE_DECLINED: dict[str, tuple[dict[str, Any], str]] = {
     "beta": (dict(beta=torch.zeros(4, 1, H, D)), "beta has a value for each channel"),
     "indices": (dict(ssm_state_indices=torch.zeros(2, dtype=torch.int32)), "ssm_state_indices are given"),
     "indices of another batch": (
-        dict(ssm_state_indices=torch.zeros(3, 2, dtype=torch.int32)),
+        dict(ssm_state_indices=torch.zeros(3, 2, dtype=torch.int32), inplace_final_state=True),
         r"state_indices has shape [3, 2]",
     ),
     "shape": (dict(beta=torch.zeros(4, 1, H + 1)), "beta has shape"),
