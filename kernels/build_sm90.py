@@ -235,7 +235,8 @@ class KdaBuildSm90:
                     if inputs.dt_bias != 0:
                         bias = fragments.global_f32(inputs.dt_bias, Int64(h * D + channel))
                     bias = gate.bias(self.pipe.form, slope, shift, bias)
-                    for t in cutlass.range(edge - window, edge, unroll=C):  # at once: often this is all there is to do
+                    at_once = C // (2 if self.config.g_dtype == "fp32" else 1)  # often this is all there is to do
+                    for t in cutlass.range(edge - window, edge, unroll=at_once):
                         total += gate.factor(self.pipe.form, Float32(g[t, channel, h, b]), slope, bias)
                     total = total * gate.log2_of_factor(self.pipe.form, inputs)
                     weak = ptx.uniform(Int32(1) - Int32(total < math.log2(segments.FORGOTTEN)))

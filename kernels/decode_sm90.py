@@ -74,7 +74,7 @@ class ByToken(NamedTuple):
     rows: Int32
     tokens: Int32  # of a row
     row_pitch: Int64  # bytes from a row of token_states to the next
-    replay: Int64  # [rows, tokens, HV, V / ROWS, 2 K + ROWS] fp32: decay, k and updates of each token
+    replay: Int64  # [rows, tokens, HV, V / ROWS, 2 K + ROWS] fp32: decay, k and u of each token
 
 
 class KdaDecodeSm90:
@@ -161,7 +161,9 @@ class KdaDecodeSm90:
         if const_expr(more is not None):
             ends = ends & (more.per == 0) & (more.replay == 0)
             row = state_io.slot_of(seq, more.rows_of, more.rows, flags & ~NULL_ZERO, KEPT_INT64)
-            if (more.replay != 0) & (row >= 0) & (slot >= 0):
+            if (more.replay != 0) & (slot >= 0):
+                if row < 0:
+                    accepted = Int32(0)
                 for t in cutlass.range(0, accepted, unroll=1):
                     self.replay(S, self.record_at(more, row, t, h, H, part), warp, lane)
                 if (numbers.final_state != 0) & ((accepted > 0) | from_zero):
@@ -394,7 +396,7 @@ class KdaDecodeSm90:
             )  # fmt: skip
             self.add(S, first, [cute.arch.shuffle_sync(u * rk, i * 4) for i in range(4)], sK)
             if self.config.by_token:
-                self.note(tables, j, at, [u * rk], (lane < 16) & (lane % 4 == 0))
+                self.note(tables, j, at, [u], (lane < 16) & (lane % 4 == 0))
 
     def send_sums(self, S: cute.Tensor, tables, j: Int32, warp: Int32, lane: Int32) -> None:
         """Token j, K first: a lane has 4 rows of some channels; the sums of the warp's go to shared memory."""
@@ -415,20 +417,21 @@ class KdaDecodeSm90:
             for kind in range(2)
         )
         Sk, Sq = ([(x[0][i] + x[1][i]) + (x[2][i] + x[3][i]) for i in range(4)] for x in (Sk, Sq))
-        uk = [beta * ptx.fma(-rk, Sk[i], v[i]) * rk for i in range(4)]
+        u = [beta * ptx.fma(-rk, Sk[i], v[i]) for i in range(4)]
+        uk = [x * rk for x in u]
         out = [rq * ptx.fma(uk[i], qk, Sq[i]) for i in range(4)]
         self.store(o, block_row + row, out, (warp == 0) & (lane < 8))
         _, sK, _ = self.vectors(tables, j, (warp * 4 + lane // 8) * self.keys)
         self.add(S, 0, uk, sK)
         if self.config.by_token:
-            self.note(tables, j, row, uk, (warp == 0) & (lane < 8))
+            self.note(tables, j, row, u, (warp == 0) & (lane < 8))
 
     @cute.jit
-    def note(self, tables, j: Int32, row: Int32, uk, mine):
-        """Updates of rows by token j, for `record`."""
+    def note(self, tables, j: Int32, row: Int32, u, mine):
+        """u of rows and token j, for `record`."""
         if mine:
-            for i in cutlass.range_constexpr(len(uk)):
-                ptx.sts_f32(tables[6] + (j * ROWS + row + i) * 4, uk[i])
+            for i in cutlass.range_constexpr(len(u)):
+                ptx.sts_f32(tables[6] + (j * ROWS + row + i) * 4, u[i])
 
     @cute.jit
     def store(self, out: cute.Tensor, row: Int32, o, mine):
@@ -519,12 +522,13 @@ class KdaDecodeSm90:
 
     @cute.jit
     def record(self, at: Int64, tables, j: Int32, thread: Int32):
-        """Decay, k and, of this block's rows, updates of token j."""
+        """Decay, k and, of this block's rows, u of token j."""
         K = self.config.K
         if thread < K:
-            for i in cutlass.range_constexpr(2):
-                x = ptx.lds_f32(tables[2 - i] + (j * K + thread) * 4)
-                ptx.stg_f32(at + Int64((i * K + thread) * 4), x)
+            a, k = (ptx.lds_f32(tables[x] + (j * K + thread) * 4) for x in (2, 1))
+            _, rk, _, _ = ptx.lds_f32x4(tables[4] + j * NUMBERS)
+            ptx.stg_f32(at + Int64(thread * 4), a)
+            ptx.stg_f32(at + Int64((K + thread) * 4), k * rk)
         if thread < ROWS:
             x = ptx.lds_f32(tables[6] + (j * ROWS + thread) * 4)
             ptx.stg_f32(at + Int64((2 * K + thread) * 4), x)

@@ -66,7 +66,9 @@ def arguments(
     if kind == "replay":
         shape = replay_shape(N + 2, S, case.HV, K, V)
         record = 0.5 * torch.rand(shape, generator=generator, device=device)
+        record[..., : 2 * K] = record[..., :1, : 2 * K]  # all rows have the same decay and k
         call.update(replay=record, token_state_indices=permutation(N + 2)[:N].to(index))
+        call["token_state_indices"][seed % 3 :: 3] = -1
         if seed % 2:
             del call["token_state_indices"]
     return call

@@ -84,28 +84,29 @@ def test_gradient_through_a_wrapper(name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", memory.WRITTEN)
 def test_what_is_written(name: str) -> None:
     """Its version moves in each call, autograd notices that a buffer is used again, and what torch protects is kept."""
-    kwargs = arguments("fused_recurrent_kda", DEVICE)
+    function = chunk_kda if name == "checkpoint_state" else fused_recurrent_kda
+    kwargs = arguments(function.__name__, DEVICE)
     for _ in range(4):
         before = kwargs[name]._version
-        fused_recurrent_kda(**kwargs)
+        function(**kwargs)
         assert kwargs[name]._version > before
     weight = torch.ones(1, device=DEVICE, requires_grad=True)
     y = (kwargs[name] * weight).sum()
-    fused_recurrent_kda(**kwargs)
+    function(**kwargs)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 
     with torch.inference_mode():
         x = kwargs[name].clone()
         for _ in range(4):
-            fused_recurrent_kda(**{**kwargs, name: x})
+            function(**{**kwargs, name: x})
     with torch.no_grad(), pytest.raises(RuntimeError, match=f"^{name} is an inference tensor"):
-        fused_recurrent_kda(**{**kwargs, name: x})
+        function(**{**kwargs, name: x})
     leaf = kwargs[name].clone().requires_grad_()
     with pytest.raises(RuntimeError, match=f"^{name} is a leaf that requires grad"):
-        fused_recurrent_kda(**{**kwargs, name: leaf})
+        function(**{**kwargs, name: leaf})
     with torch.no_grad():
-        fused_recurrent_kda(**{**kwargs, name: leaf})
+        function(**{**kwargs, name: leaf})
 
 
 def test_memory_of_two() -> None:
