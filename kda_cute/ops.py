@@ -178,8 +178,8 @@ def fused_recurrent_kda(
         replay: [R, S, HV, V / 32, 2 K + 32], fp32, as `replay_shape` gives it: speculative decoding without states of
             single tokens. The first num_accepted_tokens[n] tokens on record in row n, or token_state_indices[n], are
             applied to the state of sequence n first, and what comes out is its final state. Then o of this call's
-            tokens is computed, and they take their place on record, with their decay, k and u, k as it enters the state. No
-            state after them is stored.
+            tokens is computed, and they take their place on record, with their decay, k and u, k as it enters the
+            state. No state after them is stored.
 
     Returns:
         o [B, T, HV, V] in the dtype of q, and the final state or None; with token states those too.

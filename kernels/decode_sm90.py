@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 from . import fragments, gate, ptx, scalars, schedule, state_io
@@ -155,7 +155,7 @@ class KdaDecodeSm90:
         from_zero = state_io.begins_with_zero(seq, numbers.has_initial_state)
         if (numbers.initial_state != 0) & (slot >= 0) & (not from_zero):
             initial = state_io.State(numbers.initial_state, numbers.initial_pitch, slot, h)
-            self.move(S, self.address(initial, INITIAL, flags), part, warp, lane, INITIAL, flags, True)
+            self.move(S, initial.start(), Int64(h), part, warp, lane, INITIAL, flags, True)
         final, ends = state_io.State(numbers.final_state, numbers.final_pitch, slot, h), slot >= 0
         row, token_slots = Int32(-1), Int32(-1)
         if const_expr(more is not None):
@@ -167,7 +167,7 @@ class KdaDecodeSm90:
                 for t in cutlass.range(0, accepted, unroll=1):
                     self.replay(S, self.record_at(more, row, t, h, H, part), warp, lane)
                 if (numbers.final_state != 0) & ((accepted > 0) | from_zero):
-                    self.move(S, self.address(final, FINAL, flags), part, warp, lane, FINAL, flags, False)
+                    self.move(S, final.start(), Int64(h), part, warp, lane, FINAL, flags, False)
         if slot < 0:
             cute.arch.cp_async_wait_group(0)
             rows_of = Int64(0)
@@ -200,17 +200,17 @@ class KdaDecodeSm90:
                 self.take_sums(S, tables, j, o, part * ROWS, warp, lane)
             if const_expr(more is None):
                 if token_states != 0:
-                    after = self.after_token(token_states, b, start + t, T, h, H, flags)
-                    self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
+                    after = (Int64(b) * T + start + t) * H + h
+                    self.move(S, token_states, after, part, warp, lane, TOKEN_STATES, flags, False)
             else:
                 if t % 32 == 0:
                     token_slots = self.token_slots(numbers, more, seq, t, lane)
                 after = final._replace(slot=cute.arch.shuffle_sync(token_slots, t % 32))
                 if (numbers.final_state != 0) & (after.slot >= 0):
-                    self.move(S, self.address(after, FINAL, flags), part, warp, lane, FINAL, flags, False)
+                    self.move(S, after.start(), Int64(h), part, warp, lane, FINAL, flags, False)
                 self.keep_token(S, tables, numbers, more, row, b, start, t, tokens, h, part, thread, T, H)
         if (numbers.final_state != 0) & ends:
-            self.move(S, self.address(final, FINAL, flags), part, warp, lane, FINAL, flags, False)
+            self.move(S, final.start(), Int64(h), part, warp, lane, FINAL, flags, False)
         rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
         if (cu_seqlens != 0) & (n < N):
             rest, decreasing = schedule.rest_of(cuts, T, flags)
@@ -244,8 +244,8 @@ class KdaDecodeSm90:
         if warp == 0:
             mO[b, t, h, part * ROWS + lane] = Float32(0.0).to(self.dtype)
         if token_states != 0:
-            after = self.after_token(token_states, b, t, cute.size(mO.shape[1]), h, H, flags)
-            self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
+            after = (Int64(b) * cute.size(mO.shape[1]) + t) * H + h
+            self.move(S, token_states, after, part, warp, lane, TOKEN_STATES, flags, False)
 
     # ------------------------------------------------------------------ before the tokens
 
@@ -441,22 +441,14 @@ class KdaDecodeSm90:
 
     # ------------------------------------------------------------------ states
 
-    def address(self, state: state_io.State, kind: int, flags: Int32) -> Int64:
-        return state_io.address_of(self.config, state, flags, kind)
-
-    def after_token(self, states: Int64, b: Int32, t: Int32, T: Int32, h: Int32, H: Int32, flags: Int32) -> Int64:
-        """Address of a head's state after a token, of [B, T, H, ...]."""
-        nth = (Int64(b) * T + t) * H + h
-        return states + nth * Int64(state_io.state_bytes(self.config, flags, TOKEN_STATES))
-
     def move(
-        self, S: cute.Tensor, address: Int64, part: Int32, warp: Int32, lane: Int32, kind: int, flags: Int32,
-        load: bool,
+        self, S: cute.Tensor, address: Int64, nth: Int64, part: Int32, warp: Int32, lane: Int32, kind: int,
+        flags: Int32, load: bool,
     ) -> None:  # fmt: skip
-        """A lane's elements of a head's state, to or from global memory."""
-        state_io.in_dtype(lambda dtype: self.move_as(S, address, part, warp, lane, dtype, load), flags, kind)
+        """A lane's elements of a head's state, the nth from an address, to or from global memory."""
+        state_io.in_dtype(lambda dtype: self.move_as(S, address, nth, part, warp, lane, dtype, load), flags, kind)
 
-    def move_as(self, S: cute.Tensor, address: Int64, part: Int32, warp: Int32, lane: Int32, dtype, load):
+    def move_as(self, S: cute.Tensor, address: Int64, nth: Int64, part: Int32, warp: Int32, lane: Int32, dtype, load):
         K, V, size = self.config.K, self.config.V, dtype.width // 8
         if self.config.state_v_first:  # a row is K elements
             n, step = self.keys, K
@@ -464,7 +456,7 @@ class KdaDecodeSm90:
         else:  # a channel is V elements
             n, step = 4, V
             first = (warp * 4 + lane // 8) * self.keys * V + part * ROWS + lane % 8 * 4
-        at = address + Int64(first * size)
+        at = address + (nth * (K * V) + first) * size
         for i in range(WARP_ROWS * K // 32 // n):
             if load:
                 for j, x in enumerate(ptx.ldg_state(at + i * step * size, n, dtype)):
@@ -502,13 +494,12 @@ class KdaDecodeSm90:
         """Stores the state after token t, and what it takes to replay it, with those of the tokens before."""
         flags, warp, lane = numbers.flags, cute.arch.make_warp_uniform(thread // 32), thread % 32
         if numbers.token_states != 0:
-            if more.rows_of == 0:
-                after = self.after_token(numbers.token_states, b, start + t, T, h, H, flags)
-                self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
-            elif (row >= 0) & (t < more.tokens):
-                after = Int64(row) * more.row_pitch
-                after = self.after_token(numbers.token_states + after, Int32(0), t, T, h, H, flags)
-                self.move(S, after, part, warp, lane, TOKEN_STATES, flags, False)
+            states, after, keeps = numbers.token_states, (Int64(b) * T + start + t) * H + h, Boolean(True)
+            if more.rows_of != 0:
+                states, after = states + Int64(row) * more.row_pitch, Int64(t) * H + h
+                keeps = (row >= 0) & (t < more.tokens)
+            if keeps:
+                self.move(S, states, after, part, warp, lane, TOKEN_STATES, flags, False)
         if (more.replay != 0) & ((t % TOKENS == TOKENS - 1) | (t == tokens - 1)):
             cute.arch.sync_threads()
             if row >= 0:

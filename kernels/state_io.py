@@ -23,6 +23,10 @@ class State(NamedTuple):
     slot: Int32
     h: Int32
 
+    def start(self) -> Int64:
+        """Address of the slot's first head."""
+        return self.address + Int64(self.slot) * self.pitch
+
 
 @cute.jit
 def in_dtype(do: cutlass.Constexpr, flags: Int32, kind: cutlass.Constexpr):
@@ -73,8 +77,7 @@ def state_bytes(config: cutlass.Constexpr, flags: Int32, kind: cutlass.Constexpr
 
 def address_of(config, state: State, flags: Int32, kind: int) -> Int64:
     """Of a head's state."""
-    slots = Int64(state.slot) * state.pitch
-    return state.address + slots + Int64(state.h) * Int64(state_bytes(config, flags, kind))
+    return state.start() + Int64(state.h) * Int64(state_bytes(config, flags, kind))
 
 
 @cute.jit

@@ -65,6 +65,10 @@ def test_states_after_each_token(seed: int, v_first: bool, bf16: bool) -> None:
     assert (states[:, case.cuts[-1] :] == 0).all()
 
 
+def near(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return bool((x.double() - y.double()).norm() <= AT_MOST * y.double().norm())
+
+
 @settings(settings.get_profile(os.environ.get("KDA_CUTE_GPU_PROFILE", "gpu")))
 @given(call=by_token.calls)
 def test_call_by_token(call: dict[str, Any]) -> None:
@@ -73,14 +77,14 @@ def test_call_by_token(call: dict[str, Any]) -> None:
     given, want = by_token.copied(kwargs), by_token.copied(kwargs)
     o = fused_recurrent_kda(**given)[0]
     expected = fused_recurrent_kda(**want, backend="reference")[0]
-    assert torch.equal(o, expected) or relative_error(o, expected) <= AT_MOST
+    assert near(o, expected)
     for name in by_token.WRITTEN:
         if name not in kwargs:
             continue
         x, y, before = given[name], want[name], kwargs[name]
         same = (y == before).flatten(-2).all(-1)
         assert torch.equal(x[same], before[same]), f"{name} is written where it must not be"
-        assert same.all() or relative_error(x[~same], y[~same]) <= AT_MOST, name
+        assert near(x[~same], y[~same]), name
 
 
 @pytest.mark.parametrize("v_first", [False, True])
