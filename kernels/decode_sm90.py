@@ -168,13 +168,9 @@ class KdaDecodeSm90:
                     self.replay(S, self.record_at(more, row, t, h, H, part), warp, lane)
                 if (numbers.final_state != 0) & ((accepted > 0) | from_zero):
                     self.move(S, final.start(), Int64(h), part, warp, lane, FINAL, flags, False)
+        zeros = Int32(0)  # tokens of a null sequence
         if slot < 0:
-            cute.arch.cp_async_wait_group(0)
-            rows_of = Int64(0)
-            if const_expr(more is not None):
-                rows_of = more.rows_of
-            self.clear_all(S, mO, numbers, h, H, part, warp, lane, b, start, tokens, rows_of)
-            tokens = Int32(0)
+            zeros, tokens = tokens, Int32(0)
 
         for t in cutlass.range(0, tokens, unroll=1):
             if t % TOKENS == 0:
@@ -211,31 +207,22 @@ class KdaDecodeSm90:
                 self.keep_token(S, tables, numbers, more, row, b, start, t, tokens, h, part, thread, T, H)
         if (numbers.final_state != 0) & ends:
             self.move(S, final.start(), Int64(h), part, warp, lane, FINAL, flags, False)
-        rest, me, of = Int32(0), n, N  # whether there may be tokens of no sequence, who looks after which of them
+        me, of = n, Int32(0)  # who looks after which tokens of no sequence, if there may be some
         if (cu_seqlens != 0) & (n < N):
             rest, decreasing = schedule.rest_of(cuts, T, flags)
+            if rest > 0:
+                of = N
             if decreasing:
-                rest, me, of = Int32(1), Int32(0), Int32(1)
-        if rest > 0:
+                me, of = Int32(0), Int32(1)
+        if (of > 0) | (zeros > 0):
+            cute.arch.cp_async_wait_group(0)
             for i in cutlass.range_constexpr(WARP_ROWS * K // 32):
                 S[i] = Float32(0.0)
             if const_expr(more is not None):
                 if more.rows_of != 0:
                     token_states = Int64(0)
-            target = S, mO, token_states, Int32(0), h, H, part, warp, lane, flags
-            schedule.clear_rest(self.clear, target, cu_seqlens, N, T, flags, me, of)
-
-    @cute.jit
-    def clear_all(
-        self, S: cute.Tensor, mO: cute.Tensor, numbers: Numbers, h: Int32, H: Int32, part: Int32, warp: Int32,
-        lane: Int32, b: Int32, start: Int32, tokens: Int32, rows_of: Int64,
-    ):  # fmt: skip
-        """The same of the tokens of a null sequence."""
-        token_states = numbers.token_states
-        if rows_of != 0:
-            token_states = Int64(0)
-        for t in cutlass.range(start, start + tokens, unroll=1):
-            self.clear((S, mO, token_states, b, h, H, part, warp, lane, numbers.flags), t)
+            target = S, mO, token_states, b, h, H, part, warp, lane, flags
+            schedule.clear_tokens(self.clear, target, start, zeros, cu_seqlens, N, T, flags, me, of)
 
     @cute.jit
     def clear(self, target, t: Int32):

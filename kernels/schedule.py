@@ -374,16 +374,42 @@ def clear_rest(
 
     They lie before the first cut or behind the last one. If cuts decrease any may be one, which is looked up.
     """
+    first, last, ordered = edges(cu_seqlens, N, T, flags)
+    for t in cutlass.range(me, T, of, unroll=1):
+        if (t < first) | (t >= last) | (ordered == 0):
+            if covered(t, cu_seqlens, N, T, flags) == 0:
+                clear(target, t)
+
+
+@cute.jit
+def clear_tokens(
+    clear: cutlass.Constexpr, target, start: Int32, tokens: Int32, cu_seqlens: Int64, N: Int32, T: Int32, flags: Int32,
+    me: Int32, of: Int32,
+):  # fmt: skip
+    """The same, behind all `tokens` tokens from `start` on; nothing else if `of` is 0. One loop: clear is long."""
+    first, last, ordered, rest = Int32(0), Int32(0), Int32(1), Int32(0)
+    if of > 0:
+        first, last, ordered = edges(cu_seqlens, N, T, flags)
+        rest = cute.ceil_div(T - me, of)
+    for i in cutlass.range(tokens + rest, unroll=1):
+        t, wanted = start + i, Int32(1)
+        if i >= tokens:
+            t, wanted = me + (i - tokens) * of, Int32(0)
+            if (t < first) | (t >= last) | (ordered == 0):
+                wanted = Int32(covered(t, cu_seqlens, N, T, flags) == 0)
+        if wanted != 0:
+            clear(target, t)
+
+
+@cute.jit
+def edges(cu_seqlens: Int64, N: Int32, T: Int32, flags: Int32):
+    """(the first cut, the last one, whether none decreases)"""
     lane, last = cute.arch.lane_idx(), cut(N, cu_seqlens, flags, T)
     first, ordered = cut(Int32(0), cu_seqlens, flags, T), Int32(1)
     for n in cutlass.range(lane, N, 32, unroll=1):
         if cut(n, cu_seqlens, flags, T) > cut(n + 1, cu_seqlens, flags, T):
             ordered = Int32(0)
-    ordered = ptx.least(ordered)
-    for t in cutlass.range(me, T, of, unroll=1):
-        if (t < first) | (t >= last) | (ordered == 0):
-            if covered(t, cu_seqlens, N, T, flags) == 0:
-                clear(target, t)
+    return first, last, ptx.least(ordered)
 
 
 @cute.jit
