@@ -1,0 +1,433 @@
+"""One token a sequence with what stands around KDA in a layer, in one launch: a causal convolution of width 4 and SiLU
+make q, k and v of packed columns, then the step of `decode_sm90`, then o is normed and gated. Both may be left out.
+
+    x_t = silu(sum_i w_i x_(t - 3 + i) + bias)      per channel; the last three inputs are kept, in conv_state
+    S, o_t as in decode_sm90
+    o_t <- o_t / sqrt(mean(o_t^2) + eps) * weight * act(z_t)      per head
+
+As there, a block of four warps has 32 rows of one head's state in registers from its load to its store. Reading and
+writing the state is all that takes time: small blocks keep most of it in flight, and a few heads reach more SMs.
+The norm needs the 128 rows of a head, so its four blocks are a cluster. The other way, a block of 128 rows, has 64 KiB
+that are read, then all wait, then are written: two of them on an SM, and a quarter of the SMs at N = 1.
+
+The four blocks tell one another a number each, the sum of their squares, into shared memory with an mbarrier that
+counts its bytes. It also says that a block has read what the convolution keeps of q and k. Each block needs all of
+that, which is little beside the state, and a quarter of it is overwritten by each, once all four have told. Heads of v
+that share q and k (GVA) are gone through by the same cluster, one after the other, for the same reason: the last one
+overwrites. Without a convolution they are apart, and without a norm too there are no clusters.
+
+A channel of q and k, its decay and their products are what a thread makes while the state is on its way: all is asked
+for before anything but the sequence's index is waited for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.memory import SmemAllocator
+
+from . import fragments, gate, ptx, scalars, state_io
+from .arguments import TYPES, zeros
+from .config import (
+    CONV_FP32,
+    CONV_INDEX_INT64,
+    INDEX_INT64,
+    INITIAL,
+    L2NORM,
+    NORM_FP32,
+    PDL,
+    SWISH,
+    KdaFusedDecodeConfig,
+)
+from .decode_sm90 import NUMBERS, ROWS, WARP_ROWS, KdaDecodeSm90
+
+TAPS = 3  # inputs that the convolution keeps
+V_WARP = 3  # makes the block's rows of v
+LARGE = 2.0**50  # of q and k, beyond which they are made smaller, as in decode_sm90
+
+
+class Numbers(NamedTuple):
+    """What the kernel is given besides tensors, in the order of a launch. An address is 0 where there is nothing."""
+
+    beta: Int64  # [N, HV] logits, bf16, fp16 or fp32
+    beta_row: Int64  # elements from a row to the next
+    A_log: Int64  # [HV] fp32
+    dt_bias: Int64  # [HV, K] fp32
+    state: Int64  # [P, HV, V, K] bf16 or fp32: each dense
+    state_pitch: Int64  # bytes from one to the next
+    P: Int32
+    state_indices: Int64  # [N] int32 or int64; sequence n has state n without
+    null_index: Int32  # up to it an index is none
+    conv_weight: Int64  # [C, 4] bf16 (or fp16), or fp32; C: the columns of x
+    conv_bias: Int64  # [C] like conv_weight
+    conv_state: Int64  # [slots, C, 3] like x
+    conv_slot: Int64  # bytes from a slot, channel and input to the next
+    conv_channel: Int64
+    conv_tap: Int64
+    conv_slots: Int32
+    conv_indices: Int64  # as state_indices, of slots
+    norm_weight: Int64  # [V] bf16 (or fp16), or fp32
+    norm_eps: Float32
+    group: Int32  # HV / H
+    scale: Float32
+    lower_bound: Float32
+    flags: Int32
+
+
+class Asked(NamedTuple):
+    """Of a channel, from memory, as bits: its input, and for a convolution weights, bias and the last three inputs."""
+
+    x: Uint32
+    weights: tuple
+    bias: Uint32
+    kept: tuple
+
+
+class KdaFusedDecodeSm90(KdaDecodeSm90):
+    def __init__(self, config: KdaFusedDecodeConfig):
+        super().__init__(config)
+        self.parts = config.V // ROWS
+        self.cluster = [self.parts, 1, 1] if config.conv or config.norm else None
+
+    # ------------------------------------------------------------------ host side
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,  # [N, 2 H K + HV V]
+        mG: cute.Tensor,  # [N, HV, K]
+        mZ: cute.Tensor,  # [N, HV, V]; not looked at without a norm
+        mO: cute.Tensor,  # [N, HV, V]
+        *rest: Any,  # Numbers, one by one, and the stream
+    ):
+        numbers, stream = Numbers(*rest[:-1]), rest[-1]
+        N, HV, group = cute.size(mG.shape[0]), cute.size(mG.shape[1]), numbers.group
+        heads = group if const_expr(self.config.conv) else 1  # of a block, one after the other
+        sequences = cutlass.min(N, 65535)  # in a column of the grid
+        self.kernel(mX, mG, mZ, mO, numbers, (Int64(1 << 31) + group - 1) // group).launch(
+            grid=[HV // heads * self.parts, sequences, cute.ceil_div(N, sequences)], block=[128, 1, 1],
+            cluster=self.cluster, stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=25,
+            use_pdl=(numbers.flags & PDL) != 0,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor, mG: cute.Tensor, mZ: cute.Tensor, mO: cute.Tensor,
+        numbers: Numbers, of_group: Int64,
+    ):  # fmt: skip
+        K, V, conv, norm = self.config.K, self.config.V, self.config.conv, self.config.norm
+        N, HV, flags = cute.size(mG.shape[0]), cute.size(mG.shape[1]), numbers.flags
+        smem = SmemAllocator()
+
+        def table(size):
+            return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=16).iterator.toint()
+
+        sQ, sK, sA, sV, sNumbers, sO, sTold = (table(n) for n in (*[K * 4] * 3, ROWS * 4, 4 * NUMBERS, ROWS * 4, 32))
+        bars = smem.allocate_tensor(Int64, cute.make_layout(2), byte_alignment=8).iterator
+        thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        tables = sQ, sK, sA, sV, sNumbers + warp * NUMBERS
+        heads = numbers.group if const_expr(conv) else 1
+        part, first_head, n = block % self.parts, block // self.parts * heads, z * cute.arch.grid_dim()[1] + y
+        exists, n = n < N, cutlass.min(n, N - 1)
+
+        if const_expr(self.cluster is not None):
+            if thread == 0:
+                cute.arch.mbarrier_init(bars, 1)
+                cute.arch.mbarrier_init(bars + 1, 1)
+                cute.arch.mbarrier_init_fence()
+            cute.arch.cluster_arrive_relaxed()
+        cute.arch.griddepcontrol_wait()  # nothing is read before, as the last kernel may have written any of it
+        cute.arch.griddepcontrol_launch_dependents()
+        index = self.ask_index(numbers.state_indices, n, INDEX_INT64, flags)
+        conv_index = index
+        if const_expr(conv):
+            conv_index = self.ask_index(numbers.conv_indices, n, CONV_INDEX_INT64, flags)
+        if const_expr(self.cluster is not None):  # the barriers are there, long before an index is
+            cute.arch.cluster_wait()
+
+        S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
+        gate_inputs = gate.Inputs.of(numbers)
+        for e in cutlass.range(heads, unroll=1):
+            h = first_head + e
+            h_k = Int32(Int64(h) * of_group >> 31)
+            H = Int32(Int64(HV) * of_group >> 31)
+            row = part * ROWS + lane  # of V, in warps that have one a lane
+            channels = h_k * K + thread, (H + h_k) * K + thread, 2 * H * K + h * V + row
+            q, k = (self.ask(mX, numbers, n, channel) for channel in channels[:2])
+            v, z, weight = self.nothing(), Uint32(0), Uint32(0)
+            if warp == V_WARP:
+                v = self.ask(mX, numbers, n, channels[2])
+            g = self.load(mG, (n, h, thread))
+            a_log, bias = self.gate_of(gate_inputs, h, thread)
+            raw_beta = scalars.load_beta(numbers.beta, n * numbers.beta_row + h, HV, Int32(0), Int32(1), flags)
+            if const_expr(norm):
+                if warp == 0:
+                    z = self.load(mZ, (n, h, row))
+                    weight = self.load_weight(numbers.norm_weight, row, NORM_FP32, flags)
+            slot = self.slot_of(index, numbers.state_indices, INDEX_INT64, numbers.P, numbers)
+            conv_slot = slot
+            if const_expr(conv):
+                conv_slot = self.slot_of(
+                    conv_index, numbers.conv_indices, CONV_INDEX_INT64, numbers.conv_slots, numbers
+                )
+            if exists & (slot >= 0) & (conv_slot >= 0):
+                at = numbers.conv_state + conv_slot * numbers.conv_slot
+                if const_expr(conv):
+                    q = q._replace(kept=self.load_kept(at, channels[0], numbers))
+                    k = k._replace(kept=self.load_kept(at, channels[1], numbers))
+                    if warp == V_WARP:
+                        v = v._replace(kept=self.load_kept(at, channels[2], numbers))
+                state = numbers.state + slot * numbers.state_pitch
+                self.move_rows(S, state, h, part, warp, lane, flags, True)
+                if const_expr(self.cluster is not None):
+                    if thread == 0:
+                        cute.arch.mbarrier_arrive_and_expect_tx(bars + e % 2, self.parts * 4)
+
+                # A shuffle stays where it is: what has been asked for is not waited for until here.
+                slope = gate.slope_of(self.form, ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)))
+                beta = scalars.beta_of(cute.arch.shuffle_sync(raw_beta, 0), True, flags)
+                decay = gate.decay_of(self.form, self.number(g, self.config.g_dtype), slope, ptx.as_f32(bias), gate_inputs)
+                ptx.sts_f32(sA + thread * 4, decay)
+                q_t, k_t = self.input_of(q, flags), self.input_of(k, flags)
+                ptx.sts_f32(sQ + thread * 4, q_t)
+                ptx.sts_f32(sK + thread * 4, k_t)
+                if warp == V_WARP:
+                    ptx.sts_f32(sV + lane * 4, self.input_of(v, flags))
+                down_q, down_k = self.fit(q_t, k_t, sQ + thread * 4, sK + thread * 4)
+                self.put_numbers(tables, down_q, down_k, beta, numbers.scale, flags, lane)
+                if const_expr(norm):
+                    self.step(S, tables, Int32(0), sO, Int32(0), warp * WARP_ROWS, lane)
+                    cute.arch.sync_threads()
+                    o = Float32(0.0)
+                    if warp == 0:
+                        o = ptx.lds_f32(sO + lane * 4)
+                        self.tell(o * o, sTold, bars, e, part, lane)
+                else:
+                    if const_expr(conv):
+                        if warp == 0:
+                            self.tell(Float32(0.0), sTold, bars, e, part, lane)
+                    self.step(S, tables, Int32(0), mO[n, h, None], part * ROWS, warp * WARP_ROWS, lane)
+                self.move_rows(S, state, h, part, warp, lane, flags, False)
+                if const_expr(self.cluster is not None):
+                    cute.arch.mbarrier_wait(bars + e % 2, e // 2 % 2)
+                if const_expr(norm):
+                    if warp == 0:
+                        squares = ptx.lds_f32x4(sTold + e % 2 * 16)
+                        w = self.weight_of(weight, NORM_FP32, flags)
+                        o = self.normed(o, squares, w, self.number(z, self.config.dtype), numbers.norm_eps, flags)
+                        mO[n, h, row] = o.to(self.dtype)
+                if const_expr(conv):
+                    if (warp == part) & (e == heads - 1):
+                        self.store_kept(at, channels[0], q, numbers)
+                        self.store_kept(at, channels[1], k, numbers)
+                    if warp == V_WARP:
+                        self.store_kept(at, channels[2], v, numbers)
+                    if const_expr(not norm):  # the tables are read, before the next head's are written
+                        cute.arch.sync_threads()
+            else:
+                if exists & (warp == 0):
+                    mO[n, h, row] = Float32(0.0).to(self.dtype)
+
+    # ------------------------------------------------------------------ which state
+
+    @cute.jit
+    def ask_index(self, indices: Int64, n: Int32, wide: cutlass.Constexpr, flags: Int32):
+        """The two words of sequence n's index, of which the second says something if it is wide. Asked for here."""
+        low, high = n, Int32(0)
+        if indices != 0:
+            if (flags & wide) != 0:
+                low = ptx.ldg_i32(indices + Int64(n) * 8)
+                high = ptx.ldg_i32(indices + Int64(n) * 8 + 4)
+            else:
+                low = ptx.ldg_i32(indices + Int64(n) * 4)
+        return low, high
+
+    @cute.jit
+    def slot_of(self, index, indices: Int64, wide: cutlass.Constexpr, slots: Int32, numbers: Numbers) -> Int64:
+        """The number of a state in memory; -1 if it is none. Wrong indices are none."""
+        slot = Int64(index[0])
+        if (indices != 0) & ((numbers.flags & wide) != 0):
+            slot = ptx.pair(index[0], index[1])
+        if (slot >= slots) | ((indices != 0) & (slot <= numbers.null_index)):
+            slot = Int64(-1)
+        return slot
+
+    # ------------------------------------------------------------------ what is asked for
+
+    def load(self, m: cute.Tensor, at) -> Uint32:
+        """The bits of an element."""
+        address = (m.iterator + cute.crd2idx(at, m.layout)).toint()
+        return ptx.ldg_u32(address) if m.element_type is Float32 else ptx.ldg_u16(address)
+
+    def nothing(self) -> Asked:
+        return Asked(Uint32(0), (Uint32(0),) * 4, Uint32(0), (Uint32(0),) * TAPS)
+
+    @cute.jit
+    def ask(self, mX: cute.Tensor, numbers: Numbers, n: Int32, channel: Int32) -> Asked:
+        """A channel's input, weights and bias."""
+        x, bias = self.load(mX, (n, channel)), Uint32(0)
+        weights = (Uint32(0),) * 4
+        if const_expr(self.config.conv):
+            if (numbers.flags & CONV_FP32) != 0:
+                weights = ptx.ldg_u32x4(numbers.conv_weight + Int64(channel) * 16)
+            else:
+                weights = (*ptx.ldg_u32x2(numbers.conv_weight + Int64(channel) * 8), Uint32(0), Uint32(0))
+            if numbers.conv_bias != 0:
+                bias = self.load_weight(numbers.conv_bias, channel, CONV_FP32, numbers.flags)
+        return Asked(x, weights, bias, (Uint32(0),) * TAPS)
+
+    @cute.jit
+    def load_weight(self, address: Int64, i: Int32, fp32: cutlass.Constexpr, flags: Int32) -> Uint32:
+        """The bits of a weight, fp32 if a flag says so."""
+        x = Uint32(0)
+        if (flags & fp32) != 0:
+            x = ptx.ldg_u32(address + Int64(i) * 4)
+        else:
+            x = ptx.ldg_u16(address + Int64(i) * 2)
+        return x
+
+    def load_kept(self, slot: Int64, channel: Int32, numbers: Numbers):
+        """The last three inputs of a channel, the oldest one first."""
+        at = slot + Int64(channel) * numbers.conv_channel
+        return tuple(ptx.ldg_u16(at + i * numbers.conv_tap) for i in range(TAPS))
+
+    def store_kept(self, slot: Int64, channel: Int32, asked: Asked, numbers: Numbers) -> None:
+        """The same one token later."""
+        at = slot + Int64(channel) * numbers.conv_channel
+        for i, x in enumerate((*asked.kept[1:], asked.x)):
+            ptx.stg_u16(at + i * numbers.conv_tap, x)
+
+    def move_rows(
+        self, S: cute.Tensor, state: Int64, h: Int32, part: Int32, warp: Int32, lane: Int32, flags: Int32, load: bool
+    ) -> None:
+        """A lane's elements of a head, to or from the slot at `state`."""
+
+        def move(dtype):
+            address = state + Int64(h) * (self.config.K * self.config.V * dtype.width // 8)
+            self.move_as(S, address, Int64(0), part, warp, lane, dtype, load)
+
+        state_io.in_dtype(move, flags, INITIAL)
+
+    # ------------------------------------------------------------------ before the step
+
+    def number(self, bits: Uint32, dtype: str) -> Float32:
+        return ptx.as_f32(bits) if dtype == "fp32" else fragments.pair(bits, dtype)[0]
+
+    @cute.jit
+    def weight_of(self, bits: Uint32, fp32: cutlass.Constexpr, flags: Int32) -> Float32:
+        return cutlass.select_((flags & fp32) != 0, ptx.as_f32(bits), self.number(bits, self.config.dtype))
+
+    @cute.jit
+    def input_of(self, asked: Asked, flags: Int32) -> Float32:
+        """A channel of q, k or v."""
+        x = self.number(asked.x, self.config.dtype)
+        if const_expr(self.config.conv):
+            x = self.convolved(asked, x, flags)
+        return x
+
+    def convolved(self, asked: Asked, x: Float32, flags: Int32) -> Float32:
+        dtype, fp32 = self.config.dtype, (flags & CONV_FP32) != 0
+        half = (*fragments.pair(asked.weights[0], dtype), *fragments.pair(asked.weights[1], dtype))
+        y = self.weight_of(asked.bias, CONV_FP32, flags)
+        for i, x_i in enumerate((*(self.number(bits, dtype) for bits in asked.kept), x)):
+            y = ptx.fma(cutlass.select_(fp32, ptx.as_f32(asked.weights[i]), half[i]), x_i, y)
+        return y * self.sigmoid(y)
+
+    def sigmoid(self, x: Float32) -> Float32:
+        return ptx.rcp(1.0 + ptx.ex2(x * -gate.LOG2_E))
+
+    @cute.jit
+    def fit(self, q: Float32, k: Float32, q_at: Int32, k_at: Int32):
+        """What q and k in shared memory are multiples of, from here on there for all: 1, or 2^-80 if their squares may
+        overflow."""
+        down_q, down_k = Float32(1.0), Float32(1.0)
+        if not ptx.all_of((ptx.absolute(q) <= LARGE) & (ptx.absolute(k) <= LARGE), Int32(1)):
+            if not ptx.all_of(not (ptx.absolute(q) > LARGE), Int32(1)):
+                down_q = Float32(scalars.SMALLER)
+            if not ptx.all_of(not (ptx.absolute(k) > LARGE), Int32(1)):
+                down_k = Float32(scalars.SMALLER)
+            ptx.sts_f32(q_at, q * down_q)
+            ptx.sts_f32(k_at, k * down_k)
+            cute.arch.sync_threads()
+        return down_q, down_k
+
+    @cute.jit
+    def put_numbers(
+        self, tables, down_q: Float32, down_k: Float32, beta: Float32, scale: Float32, flags: Int32, lane: Int32
+    ):  # fmt: skip
+        """What q and k are multiplied with, q k and beta, for a warp."""
+        x = self.factor(self.products(tables, lane), down_q, down_k, beta, scale, flags, lane)
+        if lane < 4:
+            ptx.sts_f32(tables[4] + lane * 4, x)
+        cute.arch.sync_warp()
+
+    def products(self, tables, lane: Int32):
+        """q q, k k or q k, whichever lane % 4 is."""
+        sums = [Float32(0.0)] * 4
+        q, k = (fragments.vector(table + lane * (self.keys * 4), self.keys) for table in tables[:2])
+        for e in range(self.keys):
+            sums = [ptx.fma(q[e], q[e], sums[0]), ptx.fma(k[e], k[e], sums[1]), ptx.fma(q[e], k[e], sums[2]), sums[3]]
+        return fragments.sum_to_lanes(sums, lane, (2, 1), (4, 8, 16))[0]
+
+    def factor(
+        self, x: Float32, down_q: Float32, down_k: Float32, beta: Float32, scale: Float32, flags: Int32, lane: Int32
+    ) -> Float32:
+        """Of lane % 4 = 0 and 1 what q and k are multiplied with, of 2 q k, of 3 beta."""
+        i = lane % 4
+        down = cutlass.select_(i == 0, down_q, down_k)
+        norm = cutlass.select_(
+            (flags & L2NORM) != 0, ptx.rsqrt(ptx.fma(down * down, Float32(scalars.EPS), x)), ptx.rcp(down)
+        )
+        norm = norm * cutlass.select_(i == 0, scale, Float32(1.0))
+        return cutlass.select_(i < 2, norm, cutlass.select_(i == 3, beta, x))
+
+    # ------------------------------------------------------------------ after the step
+
+    @cute.jit
+    def store(self, out, row: Int32, o, mine: Boolean):
+        """o of rows, to shared memory if it is normed there."""
+        if mine:
+            for i in cutlass.range_constexpr(len(o)):
+                if const_expr(self.config.norm):
+                    ptx.sts_f32(out + (row + i) * 4, o[i])
+                else:
+                    out[row + i] = o[i].to(self.dtype)
+
+    @cute.jit
+    def tell(self, x: Float32, told: Int32, bars: cute.Pointer, e: Int32, part: Int32, lane: Int32):
+        """The sum over a warp to all blocks of the cluster. Two places and mbarriers in turn: a block that has heard of
+        all goes on to its next head, while another one may still wait for the last one's number."""
+        if const_expr(self.config.norm):
+            for i in cutlass.range_constexpr(5):
+                x = x + cute.arch.shuffle_sync_bfly(x, 1 << i)
+        if lane < self.parts:
+            ptx.send_word(told + e % 2 * 16 + part * 4, x, (bars + e % 2).toint(), lane)
+
+    def normed(self, o: Float32, squares, weight: Float32, z: Float32, eps: Float32, flags: Int32) -> Float32:
+        total = (squares[0] + squares[1]) + (squares[2] + squares[3])
+        r, s = ptx.rsqrt(ptx.fma(total, Float32(1.0 / self.config.V), eps)), self.sigmoid(z)
+        return o * r * weight * cutlass.select_((flags & SWISH) != 0, z * s, s)
+
+
+def compile(config: KdaFusedDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
+    """Compiles a configuration for all shapes; needs no GPU. The result takes torch tensors, on torch's stream."""
+    N, C, HV = (cute.sym_int() for _ in range(3))
+    dtype = TYPES[config.dtype]
+
+    def fake(dtype, *shape):
+        stride = (*(cute.sym_int64() for _ in shape[1:]), 1)
+        return cute.runtime.make_fake_tensor(dtype, shape, stride, assumed_align=dtype.width // 8)
+
+    tensors = fake(dtype, N, C), fake(TYPES[config.g_dtype], N, HV, config.K), *(
+        fake(dtype, N, HV, config.V) for _ in range(2)
+    )
+    return cute.compile(
+        KdaFusedDecodeSm90(config), *tensors, *zeros(Numbers),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+        options="--enable-tvm-ffi",
+    )  # fmt: skip
