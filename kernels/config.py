@@ -16,7 +16,7 @@ CU_INT64, MAPS_BUILT = 1 << 9, 1 << 10
 STATE_DTYPES = ("fp32", "bf16")
 INITIAL, FINAL, CHECKPOINTS, TOKEN_STATES = 6, 7, 8, 11
 # Of the fused decode kernel: fp32 weights, int64 indices, z sigmoid(z) for sigmoid(z), programmatic dependent launch.
-CONV_FP32, NORM_FP32, INDEX_INT64, CONV_INDEX_INT64, SWISH, PDL = (1 << i for i in range(20, 26))
+CONV_FP32, NORM_FP32, INDEX_INT64, SWISH, PDL = (1 << i for i in range(20, 25))
 
 
 # Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: side by side on

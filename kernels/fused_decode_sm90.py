@@ -5,19 +5,20 @@ make q, k and v of packed columns, then the step of `decode_sm90`, then o is nor
     S, o_t as in decode_sm90
     o_t <- o_t / sqrt(mean(o_t^2) + eps) * weight * act(z_t)      per head
 
-As there, a block of four warps has 32 rows of one head's state in registers from its load to its store. Reading and
-writing the state is all that takes time: small blocks keep most of it in flight, and a few heads reach more SMs.
+A block of four warps has 32 rows of one head's state, as there. Reading and writing the state is all that takes time:
+small blocks keep much of it in flight, and a few heads reach more SMs. A head's rows of a block are one piece of
+memory, which one bulk copy brings to shared memory while all threads make a channel each of q, k and the decay. Four
+rows at a time are then in a warp's registers, of which 64 a thread suffice, for eight blocks on an SM. (Asked for by
+plain loads, the state shared a scoreboard with what q and k are made of, which then waited for it.)
+
 The norm needs the 128 rows of a head, so its four blocks are a cluster. The other way, a block of 128 rows, has 64 KiB
-that are read, then all wait, then are written: two of them on an SM, and a quarter of the SMs at N = 1.
+that are read, then all wait, then are written: three of them on an SM, and a quarter of the SMs at N = 1.
 
 The four blocks tell one another a number each, the sum of their squares, into shared memory with an mbarrier that
 counts its bytes. It also says that a block has read what the convolution keeps of q and k. Each block needs all of
 that, which is little beside the state, and a quarter of it is overwritten by each, once all four have told. Heads of v
 that share q and k (GVA) are gone through by the same cluster, one after the other, for the same reason: the last one
 overwrites. Without a convolution they are apart, and without a norm too there are no clusters.
-
-A channel of q and k, its decay and their products are what a thread makes while the state is on its way: all is asked
-for before anything but the sequence's index is waited for.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from . import fragments, gate, ptx, scalars, state_io
 from .arguments import TYPES, zeros
 from .config import (
     CONV_FP32,
-    CONV_INDEX_INT64,
     INDEX_INT64,
     INITIAL,
     L2NORM,
@@ -45,7 +45,8 @@ from .config import (
 from .decode_sm90 import NUMBERS, ROWS, WARP_ROWS, KdaDecodeSm90
 
 TAPS = 3  # inputs that the convolution keeps
-V_WARP = 3  # makes the block's rows of v
+Z_WARP, LOAD_WARP, V_WARP = 0, 1, 3  # which norms, asks for the state, makes the block's rows of v
+AT_ONCE = 4  # rows of a warp
 LARGE = 2.0**50  # of q and k, beyond which they are made smaller, as in decode_sm90
 
 
@@ -68,7 +69,7 @@ class Numbers(NamedTuple):
     conv_channel: Int64
     conv_tap: Int64
     conv_slots: Int32
-    conv_indices: Int64  # as state_indices, of slots
+    conv_indices: Int64  # as state_indices, in the same dtype, of slots
     norm_weight: Int64  # [V] bf16 (or fp16), or fp32
     norm_eps: Float32
     group: Int32  # HV / H
@@ -109,7 +110,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         sequences = cutlass.min(N, 65535)  # in a column of the grid
         self.kernel(mX, mG, mZ, mO, numbers, (Int64(1 << 31) + group - 1) // group).launch(
             grid=[HV // heads * self.parts, sequences, cute.ceil_div(N, sequences)], block=[128, 1, 1],
-            cluster=self.cluster, stream=stream, min_blocks_per_mp=5, preferred_smem_carveout=25,
+            cluster=self.cluster, stream=stream, min_blocks_per_mp=8, preferred_smem_carveout=75,
             use_pdl=(numbers.flags & PDL) != 0,
         )  # fmt: skip
 
@@ -124,10 +125,12 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         smem = SmemAllocator()
 
         def table(size):
-            return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=16).iterator.toint()
+            return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=128).iterator.toint()
 
-        sQ, sK, sA, sV, sNumbers, sO, sTold = (table(n) for n in (*[K * 4] * 3, ROWS * 4, 4 * NUMBERS, ROWS * 4, 32))
-        bars = smem.allocate_tensor(Int64, cute.make_layout(2), byte_alignment=8).iterator
+        sS, sQ, sK, sA = (table(n * K * 4) for n in (ROWS, 1, 1, 1))
+        sV, sO, sNumbers, sTold = (table(n) for n in (ROWS * 4, ROWS * 4, 4 * NUMBERS, 32))
+        bars = smem.allocate_tensor(Int64, cute.make_layout(3), byte_alignment=8).iterator
+        arrived, told = bars, bars + 1
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         tables = sQ, sK, sA, sV, sNumbers + warp * NUMBERS
@@ -135,27 +138,24 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         part, first_head, n = block % self.parts, block // self.parts * heads, z * cute.arch.grid_dim()[1] + y
         exists, n = n < N, cutlass.min(n, N - 1)
 
+        loads = thread == LOAD_WARP * 32
+        if loads:
+            for i in cutlass.range_constexpr(3):
+                cute.arch.mbarrier_init(bars + i, 1)
+            cute.arch.mbarrier_init_fence()
         if const_expr(self.cluster is not None):
-            if thread == 0:
-                cute.arch.mbarrier_init(bars, 1)
-                cute.arch.mbarrier_init(bars + 1, 1)
-                cute.arch.mbarrier_init_fence()
             cute.arch.cluster_arrive_relaxed()
         cute.arch.griddepcontrol_wait()  # nothing is read before, as the last kernel may have written any of it
         cute.arch.griddepcontrol_launch_dependents()
-        index = self.ask_index(numbers.state_indices, n, INDEX_INT64, flags)
-        conv_index = index
-        if const_expr(conv):
-            conv_index = self.ask_index(numbers.conv_indices, n, CONV_INDEX_INT64, flags)
+        index = self.ask_index(numbers, n, lane)
         if const_expr(self.cluster is not None):  # the barriers are there, long before an index is
             cute.arch.cluster_wait()
 
-        S = cute.make_rmem_tensor((WARP_ROWS * K // 32,), Float32)
+        S = cute.make_rmem_tensor((AT_ONCE * self.keys,), Float32)
         gate_inputs = gate.Inputs.of(numbers)
         for e in cutlass.range(heads, unroll=1):
             h = first_head + e
-            h_k = Int32(Int64(h) * of_group >> 31)
-            H = Int32(Int64(HV) * of_group >> 31)
+            h_k, H = Int32(Int64(h) * of_group >> 31), Int32(Int64(HV) * of_group >> 31)
             row = part * ROWS + lane  # of V, in warps that have one a lane
             channels = h_k * K + thread, (H + h_k) * K + thread, 2 * H * K + h * V + row
             q, k = (self.ask(mX, numbers, n, channel) for channel in channels[:2])
@@ -166,96 +166,105 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
             a_log, bias = self.gate_of(gate_inputs, h, thread)
             raw_beta = scalars.load_beta(numbers.beta, n * numbers.beta_row + h, HV, Int32(0), Int32(1), flags)
             if const_expr(norm):
-                if warp == 0:
+                if warp == Z_WARP:
                     z = self.load(mZ, (n, h, row))
                     weight = self.load_weight(numbers.norm_weight, row, NORM_FP32, flags)
-            slot = self.slot_of(index, numbers.state_indices, INDEX_INT64, numbers.P, numbers)
-            conv_slot = slot
-            if const_expr(conv):
-                conv_slot = self.slot_of(
-                    conv_index, numbers.conv_indices, CONV_INDEX_INT64, numbers.conv_slots, numbers
-                )
+            # A shuffle stays where it is: what has been asked for is not waited for until here.
+            slot, kept_at = self.slot_of(index, numbers, lane), Int64(0)
+            conv_slot = cute.arch.shuffle_sync(slot, 1 if const_expr(conv) else 0)
+            slot = cute.arch.shuffle_sync(slot, 0)
             if exists & (slot >= 0) & (conv_slot >= 0):
-                at = numbers.conv_state + conv_slot * numbers.conv_slot
+                state = numbers.state + slot * numbers.state_pitch + self.bytes_of(h * V + part * ROWS, flags)
+                if loads:
+                    size = Int32(self.bytes_of(Int32(ROWS), flags))
+                    cute.arch.mbarrier_arrive_and_expect_tx(arrived, size)
+                    ptx.load_bulk(sS, state, size, arrived.toint())
+                    if const_expr(self.cluster is not None):
+                        cute.arch.mbarrier_arrive_and_expect_tx(told + e % 2, self.parts * 4)
                 if const_expr(conv):
-                    q = q._replace(kept=self.load_kept(at, channels[0], numbers))
-                    k = k._replace(kept=self.load_kept(at, channels[1], numbers))
+                    kept_at = numbers.conv_state + conv_slot * numbers.conv_slot
+                    q = q._replace(kept=self.load_kept(kept_at, channels[0], numbers))
+                    k = k._replace(kept=self.load_kept(kept_at, channels[1], numbers))
                     if warp == V_WARP:
-                        v = v._replace(kept=self.load_kept(at, channels[2], numbers))
-                state = numbers.state + slot * numbers.state_pitch
-                self.move_rows(S, state, h, part, warp, lane, flags, True)
-                if const_expr(self.cluster is not None):
-                    if thread == 0:
-                        cute.arch.mbarrier_arrive_and_expect_tx(bars + e % 2, self.parts * 4)
+                        v = v._replace(kept=self.load_kept(kept_at, channels[2], numbers))
 
-                # A shuffle stays where it is: what has been asked for is not waited for until here.
-                slope = gate.slope_of(self.form, ptx.as_f32(cute.arch.shuffle_sync(a_log, 0)))
-                beta = scalars.beta_of(cute.arch.shuffle_sync(raw_beta, 0), True, flags)
-                decay = gate.decay_of(self.form, self.number(g, self.config.g_dtype), slope, ptx.as_f32(bias), gate_inputs)
-                ptx.sts_f32(sA + thread * 4, decay)
+                slope = gate.slope_of(self.form, ptx.as_f32(a_log))
+                g_t = self.number(g, self.config.g_dtype)
+                ptx.sts_f32(sA + thread * 4, gate.decay_of(self.form, g_t, slope, ptx.as_f32(bias), gate_inputs))
                 q_t, k_t = self.input_of(q, flags), self.input_of(k, flags)
                 ptx.sts_f32(sQ + thread * 4, q_t)
                 ptx.sts_f32(sK + thread * 4, k_t)
                 if warp == V_WARP:
                     ptx.sts_f32(sV + lane * 4, self.input_of(v, flags))
                 down_q, down_k = self.fit(q_t, k_t, sQ + thread * 4, sK + thread * 4)
-                self.put_numbers(tables, down_q, down_k, beta, numbers.scale, flags, lane)
+                if const_expr(conv and not norm):  # the block has what the convolution keeps
+                    if warp == Z_WARP:
+                        self.tell(Float32(0.0), sTold, told, e, part, lane)
+                self.put_numbers(tables, down_q, down_k, scalars.beta_of(raw_beta, True, flags), numbers, lane)
+
+                cute.arch.mbarrier_wait(arrived, e % 2)
+                at, factors = warp * WARP_ROWS, ptx.lds_f32x4(tables[4])
+                vectors = tuple(self.vectors(tables, Int32(0), lane * self.keys))
+                for first in cutlass.range_constexpr(0, WARP_ROWS, AT_ONCE):
+                    self.take_rows(S, sS, at + first, lane, flags)
+                    if const_expr(norm):
+                        self.four_rows(S, 0, vectors, factors, sV, Int32(0), sO, Int32(0), at + first, lane)
+                    else:
+                        out = mO[n, h, None]
+                        self.four_rows(S, 0, vectors, factors, sV, Int32(0), out, part * ROWS, at + first, lane)
+                    self.put_rows(S, state, at + first, lane, flags)
                 if const_expr(norm):
-                    self.step(S, tables, Int32(0), sO, Int32(0), warp * WARP_ROWS, lane)
                     cute.arch.sync_threads()
-                    o = Float32(0.0)
-                    if warp == 0:
+                    if warp == Z_WARP:
                         o = ptx.lds_f32(sO + lane * 4)
-                        self.tell(o * o, sTold, bars, e, part, lane)
-                else:
-                    if const_expr(conv):
-                        if warp == 0:
-                            self.tell(Float32(0.0), sTold, bars, e, part, lane)
-                    self.step(S, tables, Int32(0), mO[n, h, None], part * ROWS, warp * WARP_ROWS, lane)
-                self.move_rows(S, state, h, part, warp, lane, flags, False)
+                        self.tell(o * o, sTold, told, e, part, lane)
                 if const_expr(self.cluster is not None):
-                    cute.arch.mbarrier_wait(bars + e % 2, e // 2 % 2)
+                    cute.arch.mbarrier_wait(told + e % 2, e // 2 % 2)
                 if const_expr(norm):
-                    if warp == 0:
-                        squares = ptx.lds_f32x4(sTold + e % 2 * 16)
+                    if warp == Z_WARP:
+                        squares, z_t = ptx.lds_f32x4(sTold + e % 2 * 16), self.number(z, self.config.dtype)
                         w = self.weight_of(weight, NORM_FP32, flags)
-                        o = self.normed(o, squares, w, self.number(z, self.config.dtype), numbers.norm_eps, flags)
+                        o = self.normed(ptx.lds_f32(sO + lane * 4), squares, w, z_t, numbers.norm_eps, flags)
                         mO[n, h, row] = o.to(self.dtype)
                 if const_expr(conv):
                     if (warp == part) & (e == heads - 1):
-                        self.store_kept(at, channels[0], q, numbers)
-                        self.store_kept(at, channels[1], k, numbers)
+                        self.store_kept(kept_at, channels[0], q, numbers)
+                        self.store_kept(kept_at, channels[1], k, numbers)
                     if warp == V_WARP:
-                        self.store_kept(at, channels[2], v, numbers)
-                    if const_expr(not norm):  # the tables are read, before the next head's are written
+                        self.store_kept(kept_at, channels[2], v, numbers)
+                    if const_expr(not norm):  # all is read, before the next head's is written
                         cute.arch.sync_threads()
             else:
-                if exists & (warp == 0):
+                if exists & (warp == Z_WARP):
                     mO[n, h, row] = Float32(0.0).to(self.dtype)
 
     # ------------------------------------------------------------------ which state
 
     @cute.jit
-    def ask_index(self, indices: Int64, n: Int32, wide: cutlass.Constexpr, flags: Int32):
-        """The two words of sequence n's index, of which the second says something if it is wide. Asked for here."""
-        low, high = n, Int32(0)
-        if indices != 0:
-            if (flags & wide) != 0:
+    def ask_index(self, numbers: Numbers, n: Int32, lane: Int32):
+        """The two words of sequence n's index, of conv_state in lane 1, else of the state; the second one says
+        something if there are two. Asked for here."""
+        low, high, indices = n, Int32(0), self.of_lane(numbers.conv_indices, numbers.state_indices, lane)
+        if numbers.state_indices != 0:
+            if (numbers.flags & INDEX_INT64) != 0:
                 low = ptx.ldg_i32(indices + Int64(n) * 8)
                 high = ptx.ldg_i32(indices + Int64(n) * 8 + 4)
             else:
                 low = ptx.ldg_i32(indices + Int64(n) * 4)
         return low, high
 
+    def of_lane(self, conv, state, lane: Int32):
+        return cutlass.select_(lane == 1, conv, state) if self.config.conv else state
+
     @cute.jit
-    def slot_of(self, index, indices: Int64, wide: cutlass.Constexpr, slots: Int32, numbers: Numbers) -> Int64:
-        """The number of a state in memory; -1 if it is none. Wrong indices are none."""
-        slot = Int64(index[0])
-        if (indices != 0) & ((numbers.flags & wide) != 0):
+    def slot_of(self, index, numbers: Numbers, lane: Int32) -> Int32:
+        """Which slot that is; -1 if none. Wrong indices are none."""
+        slot, slots = Int64(index[0]), self.of_lane(numbers.conv_slots, numbers.P, lane)
+        if (numbers.flags & INDEX_INT64) != 0:
             slot = ptx.pair(index[0], index[1])
-        if (slot >= slots) | ((indices != 0) & (slot <= numbers.null_index)):
+        if (slot >= slots) | ((numbers.state_indices != 0) & (slot <= numbers.null_index)):
             slot = Int64(-1)
-        return slot
+        return Int32(slot)
 
     # ------------------------------------------------------------------ what is asked for
 
@@ -302,16 +311,13 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         for i, x in enumerate((*asked.kept[1:], asked.x)):
             ptx.stg_u16(at + i * numbers.conv_tap, x)
 
-    def move_rows(
-        self, S: cute.Tensor, state: Int64, h: Int32, part: Int32, warp: Int32, lane: Int32, flags: Int32, load: bool
-    ) -> None:
-        """A lane's elements of a head, to or from the slot at `state`."""
-
-        def move(dtype):
-            address = state + Int64(h) * (self.config.K * self.config.V * dtype.width // 8)
-            self.move_as(S, address, Int64(0), part, warp, lane, dtype, load)
-
-        state_io.in_dtype(move, flags, INITIAL)
+    @cute.jit
+    def bytes_of(self, rows: Int32, flags: Int32) -> Int64:
+        """Of a state."""
+        size = Int64(rows) * (self.config.K * 2)
+        if (flags & (1 << INITIAL)) == 0:  # fp32
+            size = size * 2
+        return size
 
     # ------------------------------------------------------------------ before the step
 
@@ -358,10 +364,10 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
 
     @cute.jit
     def put_numbers(
-        self, tables, down_q: Float32, down_k: Float32, beta: Float32, scale: Float32, flags: Int32, lane: Int32
+        self, tables, down_q: Float32, down_k: Float32, beta: Float32, numbers: Numbers, lane: Int32
     ):  # fmt: skip
         """What q and k are multiplied with, q k and beta, for a warp."""
-        x = self.factor(self.products(tables, lane), down_q, down_k, beta, scale, flags, lane)
+        x = self.factor(self.products(tables, lane), down_q, down_k, beta, numbers.scale, numbers.flags, lane)
         if lane < 4:
             ptx.sts_f32(tables[4] + lane * 4, x)
         cute.arch.sync_warp()
@@ -385,6 +391,34 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         )
         norm = norm * cutlass.select_(i == 0, scale, Float32(1.0))
         return cutlass.select_(i < 2, norm, cutlass.select_(i == 3, beta, x))
+
+    # ------------------------------------------------------------------ rows of the state
+
+    def take_rows(self, S: cute.Tensor, sS: Int32, row: Int32, lane: Int32, flags: Int32) -> None:
+        """A lane's elements of rows from shared memory."""
+
+        def take(dtype):
+            for i in range(AT_ONCE):
+                at = sS + ((row + i) * self.config.K + lane * self.keys) * (dtype.width // 8)
+                x = ptx.lds_f32x4(at) if dtype is Float32 else self.pairs(ptx.lds_u32x2(at))
+                for e in range(self.keys):
+                    S[i * self.keys + e] = x[e]
+
+        state_io.in_dtype(take, flags, INITIAL)
+
+    def pairs(self, words):
+        return [x for word in words for x in fragments.pair(word, "bf16")]
+
+    def put_rows(self, S: cute.Tensor, state: Int64, row: Int32, lane: Int32, flags: Int32) -> None:
+        """The same to the block's part of the state in global memory."""
+
+        def put(dtype):
+            at = state + Int64((row * self.config.K + lane * self.keys) * (dtype.width // 8))
+            for i in range(AT_ONCE):
+                x = [S[i * self.keys + e] for e in range(self.keys)]
+                ptx.stg_state(at + i * (self.config.K * dtype.width // 8), x, dtype)
+
+        state_io.in_dtype(put, flags, INITIAL)
 
     # ------------------------------------------------------------------ after the step
 

@@ -545,3 +545,12 @@ def send_word(to: Int32, x: Float32, bar: Int32, rank: Int32, *, loc=None, ip=No
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [t], $1, [u]; }",
         [], [to, x, bar, rank], "r,f,r,r,~{memory}", True, loc, ip,
     )  # fmt: skip
+
+
+@dsl_user_op
+def load_bulk(to: Int32, at: Int64, size: Int32, bar: Int32, *, loc=None, ip=None) -> None:
+    """A multiple of 16 bytes from global to shared memory, which an mbarrier counts; by one thread."""
+    _asm(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+        [], [to, at, size, bar], "r,l,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
