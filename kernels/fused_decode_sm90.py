@@ -47,6 +47,7 @@ from .decode_sm90 import NUMBERS, ROWS, WARP_ROWS, KdaDecodeSm90
 TAPS = 3  # inputs that the convolution keeps
 Z_WARP, LOAD_WARP, V_WARP = 0, 1, 3  # which norms, asks for the state, makes the block's rows of v
 AT_ONCE = 4  # rows of a warp
+BLOCKS = 8  # on an SM: 64 registers a thread
 LARGE = 2.0**50  # of q and k, beyond which they are made smaller, as in decode_sm90
 
 
@@ -79,7 +80,8 @@ class Numbers(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Of a channel, from memory, as bits: its input, and for a convolution weights, bias and the last three inputs."""
+    """Of a channel, from memory, as bits: its input, and for a convolution weights, bias and the last three inputs, the
+    oldest one first."""
 
     x: Uint32
     weights: tuple
@@ -110,7 +112,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         sequences = cutlass.min(N, 65535)  # in a column of the grid
         self.kernel(mX, mG, mZ, mO, numbers, (Int64(1 << 31) + group - 1) // group).launch(
             grid=[HV // heads * self.parts, sequences, cute.ceil_div(N, sequences)], block=[128, 1, 1],
-            cluster=self.cluster, stream=stream, min_blocks_per_mp=8, preferred_smem_carveout=75,
+            cluster=self.cluster, stream=stream, min_blocks_per_mp=BLOCKS, preferred_smem_carveout=75,
             use_pdl=(numbers.flags & PDL) != 0,
         )  # fmt: skip
 
@@ -128,7 +130,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
             return smem.allocate_tensor(Uint8, cute.make_layout(size), byte_alignment=128).iterator.toint()
 
         sS, sQ, sK, sA = (table(n * K * 4) for n in (ROWS, 1, 1, 1))
-        sV, sO, sNumbers, sTold = (table(n) for n in (ROWS * 4, ROWS * 4, 4 * NUMBERS, 32))
+        sV, sO, sNumbers, sTold, sKept = (table(n) for n in (ROWS * 4, ROWS * 4, 4 * NUMBERS, 32, 2 * ROWS * 16))
         bars = smem.allocate_tensor(Int64, cute.make_layout(3), byte_alignment=8).iterator
         arrived, told = bars, bars + 1
         thread, (block, y, z) = cute.arch.thread_idx()[0], cute.arch.block_idx()
@@ -138,11 +140,11 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         part, first_head, n = block % self.parts, block // self.parts * heads, z * cute.arch.grid_dim()[1] + y
         exists, n = n < N, cutlass.min(n, N - 1)
 
-        loads = thread == LOAD_WARP * 32
-        if loads:
-            for i in cutlass.range_constexpr(3):
-                cute.arch.mbarrier_init(bars + i, 1)
-            cute.arch.mbarrier_init_fence()
+        if warp == LOAD_WARP:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(3):
+                    cute.arch.mbarrier_init(bars + i, 1)
+                cute.arch.mbarrier_init_fence()
         if const_expr(self.cluster is not None):
             cute.arch.cluster_arrive_relaxed()
         cute.arch.griddepcontrol_wait()  # nothing is read before, as the last kernel may have written any of it
@@ -151,42 +153,38 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         if const_expr(self.cluster is not None):  # the barriers are there, long before an index is
             cute.arch.cluster_wait()
 
+        slot = self.slot_of(index, numbers, lane)
+        conv_slot, slot = (cute.arch.shuffle_sync(slot, 1 if const_expr(conv) else 0), cute.arch.shuffle_sync(slot, 0))
+        state_at, kept_at = numbers.state + slot * numbers.state_pitch, Int64(0)
+        if const_expr(conv):
+            kept_at = numbers.conv_state + conv_slot * numbers.conv_slot
         S = cute.make_rmem_tensor((AT_ONCE * self.keys,), Float32)
         gate_inputs = gate.Inputs.of(numbers)
-        for e in cutlass.range(heads, unroll=1):
-            h = first_head + e
-            h_k, H = Int32(Int64(h) * of_group >> 31), Int32(Int64(HV) * of_group >> 31)
-            row = part * ROWS + lane  # of V, in warps that have one a lane
-            channels = h_k * K + thread, (H + h_k) * K + thread, 2 * H * K + h * V + row
-            q, k = (self.ask(mX, numbers, n, channel) for channel in channels[:2])
-            v, z, weight = self.nothing(), Uint32(0), Uint32(0)
-            if warp == V_WARP:
-                v = self.ask(mX, numbers, n, channels[2])
-            g = self.load(mG, (n, h, thread))
-            a_log, bias = self.gate_of(gate_inputs, h, thread)
-            raw_beta = scalars.load_beta(numbers.beta, n * numbers.beta_row + h, HV, Int32(0), Int32(1), flags)
-            if const_expr(norm):
-                if warp == Z_WARP:
-                    z = self.load(mZ, (n, h, row))
-                    weight = self.load_weight(numbers.norm_weight, row, NORM_FP32, flags)
-            # A shuffle stays where it is: what has been asked for is not waited for until here.
-            slot, kept_at = self.slot_of(index, numbers, lane), Int64(0)
-            conv_slot = cute.arch.shuffle_sync(slot, 1 if const_expr(conv) else 0)
-            slot = cute.arch.shuffle_sync(slot, 0)
-            if exists & (slot >= 0) & (conv_slot >= 0):
-                state = numbers.state + slot * numbers.state_pitch + self.bytes_of(h * V + part * ROWS, flags)
-                if loads:
+        row = part * ROWS + lane  # of V, in warps that have one a lane
+        if exists & (slot >= 0) & (conv_slot >= 0):
+            for e in cutlass.range(heads, unroll=1):
+                h = first_head + e
+                state = state_at + self.bytes_of(h * V + part * ROWS, flags)
+                if warp == LOAD_WARP:
                     size = Int32(self.bytes_of(Int32(ROWS), flags))
-                    cute.arch.mbarrier_arrive_and_expect_tx(arrived, size)
-                    ptx.load_bulk(sS, state, size, arrived.toint())
-                    if const_expr(self.cluster is not None):
-                        cute.arch.mbarrier_arrive_and_expect_tx(told + e % 2, self.parts * 4)
-                if const_expr(conv):
-                    kept_at = numbers.conv_state + conv_slot * numbers.conv_slot
-                    q = q._replace(kept=self.load_kept(kept_at, channels[0], numbers))
-                    k = k._replace(kept=self.load_kept(kept_at, channels[1], numbers))
-                    if warp == V_WARP:
-                        v = v._replace(kept=self.load_kept(kept_at, channels[2], numbers))
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(arrived, size)
+                        ptx.load_bulk(sS, state, size, arrived.toint())
+                        if const_expr(self.cluster is not None):
+                            cute.arch.mbarrier_arrive_and_expect_tx(told + e % 2, self.parts * 4)
+                h_k, H = Int32(Int64(h) * of_group >> 31), Int32(Int64(HV) * of_group >> 31)
+                channels = h_k * K + thread, (H + h_k) * K + thread, 2 * H * K + h * V + row
+                # All warps ask for a third channel, q's if it is not theirs: behind a branch ptxas asks too late.
+                third = cutlass.select_(warp == V_WARP, channels[2], channels[0])
+                q, k, v = (self.ask(mX, numbers, n, channel, kept_at) for channel in (*channels[:2], third))
+                g = self.load(mG, (n, h, thread))
+                a_log, bias = self.gate_of(gate_inputs, h, thread)
+                raw_beta = scalars.load_beta(numbers.beta, n * numbers.beta_row + h, HV, Int32(0), Int32(1), flags)
+                z, weight = Uint32(0), Uint32(0)
+                if const_expr(norm):
+                    if warp == Z_WARP:
+                        z = self.load(mZ, (n, h, row))
+                        weight = self.load_weight(numbers.norm_weight, row, NORM_FP32, flags)
 
                 slope = gate.slope_of(self.form, ptx.as_f32(a_log))
                 g_t = self.number(g, self.config.g_dtype)
@@ -196,6 +194,11 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                 ptx.sts_f32(sK + thread * 4, k_t)
                 if warp == V_WARP:
                     ptx.sts_f32(sV + lane * 4, self.input_of(v, flags))
+                if const_expr(conv):  # registers are few
+                    if warp == part:
+                        self.put_aside(sKept + lane * 16, q, k)
+                    if warp == V_WARP:
+                        self.put_aside(sKept + (ROWS + lane) * 16, v, v)
                 down_q, down_k = self.fit(q_t, k_t, sQ + thread * 4, sK + thread * 4)
                 if const_expr(conv and not norm):  # the block has what the convolution keeps
                     if warp == Z_WARP:
@@ -228,15 +231,18 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                         mO[n, h, row] = o.to(self.dtype)
                 if const_expr(conv):
                     if (warp == part) & (e == heads - 1):
-                        self.store_kept(kept_at, channels[0], q, numbers)
-                        self.store_kept(kept_at, channels[1], k, numbers)
+                        words = ptx.lds_u32x4(sKept + lane * 16)
+                        self.store_kept(kept_at, channels[0], words[:2], numbers)
+                        self.store_kept(kept_at, channels[1], words[2:], numbers)
                     if warp == V_WARP:
-                        self.store_kept(kept_at, channels[2], v, numbers)
+                        words = ptx.lds_u32x4(sKept + (ROWS + lane) * 16)
+                        self.store_kept(kept_at, channels[2], words[:2], numbers)
                     if const_expr(not norm):  # all is read, before the next head's is written
                         cute.arch.sync_threads()
-            else:
-                if exists & (warp == Z_WARP):
-                    mO[n, h, row] = Float32(0.0).to(self.dtype)
+        else:
+            if exists & (warp == Z_WARP):
+                for e in cutlass.range(heads, unroll=1):
+                    mO[n, first_head + e, row] = Float32(0.0).to(self.dtype)
 
     # ------------------------------------------------------------------ which state
 
@@ -273,22 +279,19 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         address = (m.iterator + cute.crd2idx(at, m.layout)).toint()
         return ptx.ldg_u32(address) if m.element_type is Float32 else ptx.ldg_u16(address)
 
-    def nothing(self) -> Asked:
-        return Asked(Uint32(0), (Uint32(0),) * 4, Uint32(0), (Uint32(0),) * TAPS)
-
     @cute.jit
-    def ask(self, mX: cute.Tensor, numbers: Numbers, n: Int32, channel: Int32) -> Asked:
-        """A channel's input, weights and bias."""
-        x, bias = self.load(mX, (n, channel)), Uint32(0)
-        weights = (Uint32(0),) * 4
+    def ask(self, mX: cute.Tensor, numbers: Numbers, n: Int32, channel: Int32, kept_at: Int64) -> Asked:
+        """A channel. Without branches on what weights are: of 16 bits, the first two words are there twice."""
+        x, bias, weights, kept = self.load(mX, (n, channel)), Uint32(0), (Uint32(0),) * 4, (Uint32(0),) * TAPS
         if const_expr(self.config.conv):
-            if (numbers.flags & CONV_FP32) != 0:
-                weights = ptx.ldg_u32x4(numbers.conv_weight + Int64(channel) * 16)
-            else:
-                weights = (*ptx.ldg_u32x2(numbers.conv_weight + Int64(channel) * 8), Uint32(0), Uint32(0))
+            fp32 = Int32((numbers.flags & CONV_FP32) != 0)
+            at = numbers.conv_weight + Int64(channel) * (8 + 8 * fp32)
+            weights = (*ptx.ldg_u32x2(at), *ptx.ldg_u32x2(at + 8 * fp32))
             if numbers.conv_bias != 0:
                 bias = self.load_weight(numbers.conv_bias, channel, CONV_FP32, numbers.flags)
-        return Asked(x, weights, bias, (Uint32(0),) * TAPS)
+            at = kept_at + Int64(channel) * numbers.conv_channel
+            kept = tuple(ptx.ldg_u16(at + i * numbers.conv_tap) for i in range(TAPS))
+        return Asked(x, weights, bias, kept)
 
     @cute.jit
     def load_weight(self, address: Int64, i: Int32, fp32: cutlass.Constexpr, flags: Int32) -> Uint32:
@@ -300,15 +303,13 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
             x = ptx.ldg_u16(address + Int64(i) * 2)
         return x
 
-    def load_kept(self, slot: Int64, channel: Int32, numbers: Numbers):
-        """The last three inputs of a channel, the oldest one first."""
-        at = slot + Int64(channel) * numbers.conv_channel
-        return tuple(ptx.ldg_u16(at + i * numbers.conv_tap) for i in range(TAPS))
+    def put_aside(self, at: Int32, a: Asked, b: Asked) -> None:
+        """What becomes the last three inputs of two channels: two words each, the oldest in the first one's low half."""
+        ptx.sts_u32x4(at, tuple(word for c in (a, b) for word in (c.kept[1] | (c.kept[2] << 16), c.x)))
 
-    def store_kept(self, slot: Int64, channel: Int32, asked: Asked, numbers: Numbers) -> None:
-        """The same one token later."""
-        at = slot + Int64(channel) * numbers.conv_channel
-        for i, x in enumerate((*asked.kept[1:], asked.x)):
+    def store_kept(self, kept_at: Int64, channel: Int32, words, numbers: Numbers) -> None:
+        at = kept_at + Int64(channel) * numbers.conv_channel
+        for i, x in enumerate((words[0], words[0] >> 16, words[1])):
             ptx.stg_u16(at + i * numbers.conv_tap, x)
 
     @cute.jit
