@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "chunk_kda", "chunk_kda_summary", "fused_recurrent_kda", "fwd", "warmup"]
+__all__ = [
+    "__version__",
+    "chunk_kda",
+    "chunk_kda_summary",
+    "fused_decode_kda",
+    "fused_recurrent_kda",
+    "fwd",
+    "warmup",
+]
 
 if TYPE_CHECKING:
+    from .fused_decode import fused_decode_kda
     from .jit import warmup
     from .ops import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
 
@@ -21,7 +30,14 @@ if TYPE_CHECKING:
 if not (Path(__file__).parent / "kernels").exists() and (Path(__file__).parents[1] / "kernels" / "config.py").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
-_HOME = {"chunk_kda": "ops", "chunk_kda_summary": "ops", "fused_recurrent_kda": "ops", "fwd": "ops", "warmup": "jit"}
+_HOME = {
+    "chunk_kda": "ops",
+    "chunk_kda_summary": "ops",
+    "fused_decode_kda": "fused_decode",
+    "fused_recurrent_kda": "ops",
+    "fwd": "ops",
+    "warmup": "jit",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -304,7 +304,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         return x
 
     def put_aside(self, at: Int32, a: Asked, b: Asked) -> None:
-        """What becomes the last three inputs of two channels: two words each, the oldest in the first one's low half."""
+        """What becomes the last three inputs of two channels: two words each, the oldest one in a low half."""
         ptx.sts_u32x4(at, tuple(word for c in (a, b) for word in (c.kept[1] | (c.kept[2] << 16), c.x)))
 
     def store_kept(self, kept_at: Int64, channel: Int32, words, numbers: Numbers) -> None:
@@ -458,8 +458,10 @@ def compile(config: KdaFusedDecodeConfig, arch: str = "sm_90a"):  # noqa: A001
         stride = (*(cute.sym_int64() for _ in shape[1:]), 1)
         return cute.runtime.make_fake_tensor(dtype, shape, stride, assumed_align=dtype.width // 8)
 
-    tensors = fake(dtype, N, C), fake(TYPES[config.g_dtype], N, HV, config.K), *(
-        fake(dtype, N, HV, config.V) for _ in range(2)
+    tensors = (
+        fake(dtype, N, C),
+        fake(TYPES[config.g_dtype], N, HV, config.K),
+        *(fake(dtype, N, HV, config.V) for _ in range(2)),
     )
     return cute.compile(
         KdaFusedDecodeSm90(config), *tensors, *zeros(Numbers),
