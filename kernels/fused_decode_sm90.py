@@ -213,7 +213,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                     if const_expr(norm):
                         self.four_rows(S, 0, vectors, factors, sV, Int32(0), sO, Int32(0), at + first, lane)
                     else:
-                        out = mO[n, h, None]
+                        out = mO, n, h
                         self.four_rows(S, 0, vectors, factors, sV, Int32(0), out, part * ROWS, at + first, lane)
                     self.put_rows(S, state, at + first, lane, flags)
                 if const_expr(norm):
@@ -228,7 +228,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                         squares, z_t = ptx.lds_f32x4(sTold + e % 2 * 16), self.number(z, self.config.dtype)
                         w = self.weight_of(weight, NORM_FP32, flags)
                         o = self.normed(ptx.lds_f32(sO + lane * 4), squares, w, z_t, numbers.norm_eps, flags)
-                        mO[n, h, row] = o.to(self.dtype)
+                        self.put(mO, (n, h, row), o)
                 if const_expr(conv):
                     if (warp == part) & (e == heads - 1):
                         words = ptx.lds_u32x4(sKept + lane * 16)
@@ -242,7 +242,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         else:
             if exists & (warp == Z_WARP):
                 for e in cutlass.range(heads, unroll=1):
-                    mO[n, first_head + e, row] = Float32(0.0).to(self.dtype)
+                    self.put(mO, (n, first_head + e, row), Float32(0.0))
 
     # ------------------------------------------------------------------ which state
 
@@ -268,9 +268,8 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         slot, slots = Int64(index[0]), self.of_lane(numbers.conv_slots, numbers.P, lane)
         if (numbers.flags & INDEX_INT64) != 0:
             slot = ptx.pair(index[0], index[1])
-        if (slot >= slots) | ((numbers.state_indices != 0) & (slot <= numbers.null_index)):
-            slot = Int64(-1)
-        return Int32(slot)
+        none = (slot >= slots) | ((numbers.state_indices != 0) & (slot <= numbers.null_index))
+        return Int32(cutlass.select_(none, Int64(-1), slot))
 
     # ------------------------------------------------------------------ what is asked for
 
@@ -369,9 +368,13 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
     ):  # fmt: skip
         """What q and k are multiplied with, q k and beta, for a warp."""
         x = self.factor(self.products(tables, lane), down_q, down_k, beta, numbers.scale, numbers.flags, lane)
-        if lane < 4:
-            ptx.sts_f32(tables[4] + lane * 4, x)
+        self.put_number(tables[4], x, lane)
         cute.arch.sync_warp()
+
+    @cute.jit
+    def put_number(self, to: Int32, x: Float32, lane: Int32):
+        if lane < 4:
+            ptx.sts_f32(to + lane * 4, x)
 
     def products(self, tables, lane: Int32):
         """q q, k k or q k, whichever lane % 4 is."""
@@ -431,7 +434,10 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                 if const_expr(self.config.norm):
                     ptx.sts_f32(out + (row + i) * 4, o[i])
                 else:
-                    out[row + i] = o[i].to(self.dtype)
+                    self.put(out[0], (*out[1:], row + i), o[i])
+
+    def put(self, m: cute.Tensor, at, x: Float32) -> None:
+        m[at] = x.to(self.dtype)
 
     @cute.jit
     def tell(self, x: Float32, told: Int32, bars: cute.Pointer, e: Int32, part: Int32, lane: Int32):
@@ -440,8 +446,12 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         if const_expr(self.config.norm):
             for i in cutlass.range_constexpr(5):
                 x = x + cute.arch.shuffle_sync_bfly(x, 1 << i)
+        self.send(told + e % 2 * 16 + part * 4, x, (bars + e % 2).toint(), lane)
+
+    @cute.jit
+    def send(self, to: Int32, x: Float32, bar: Int32, lane: Int32):
         if lane < self.parts:
-            ptx.send_word(told + e % 2 * 16 + part * 4, x, (bars + e % 2).toint(), lane)
+            ptx.send_word(to, x, bar, lane)
 
     def normed(self, o: Float32, squares, weight: Float32, z: Float32, eps: Float32, flags: Int32) -> Float32:
         total = (squares[0] + squares[1]) + (squares[2] + squares[3])
