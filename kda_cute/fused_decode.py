@@ -339,7 +339,7 @@ def reference(call: FusedCall, sizes: FusedSizes) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         every = torch.arange(N, device=x.device)
         slots = every if call.state_indices is None else call.state_indices
-        conv_slots = every if call.conv_indices is None or call.conv_state is None else call.conv_indices
+        conv_slots = slots if call.conv_state is None or call.conv_indices is None else call.conv_indices
         kept = every >= 0
         if call.state_indices is not None:
             kept = (slots > call.null_index) & (conv_slots > call.null_index)

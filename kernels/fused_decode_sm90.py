@@ -352,10 +352,11 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         """What q and k in shared memory are multiples of, from here on there for all: 1, or 2^-80 if their squares may
         overflow."""
         down_q, down_k = Float32(1.0), Float32(1.0)
-        if not ptx.all_of((ptx.absolute(q) <= LARGE) & (ptx.absolute(k) <= LARGE), Int32(1)):
-            if not ptx.all_of(not (ptx.absolute(q) > LARGE), Int32(1)):
+        fits_q, fits_k = (ptx.maximum(ptx.absolute(x), Float32(0.0)) <= LARGE for x in (q, k))  # as NaN does
+        if not ptx.all_of(fits_q & fits_k, Int32(1)):
+            if not ptx.all_of(fits_q, Int32(1)):
                 down_q = Float32(scalars.SMALLER)
-            if not ptx.all_of(not (ptx.absolute(k) > LARGE), Int32(1)):
+            if not ptx.all_of(fits_k, Int32(1)):
                 down_k = Float32(scalars.SMALLER)
             ptx.sts_f32(q_at, q * down_q)
             ptx.sts_f32(k_at, k * down_k)
