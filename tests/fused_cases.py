@@ -102,8 +102,6 @@ def make(case: FusedCase, device: Any = "cpu") -> Inputs:
     state, size = DTYPES[case.state], HV * V * K
     pitch = size + case.pitch // state.itemsize
     add("initial_state", randn(slots, HV, V, K), state, (pitch, V * K, K, 1))
-    offset = MARGIN_OF_16  # the pool begins at a multiple of 16 bytes
-    assert guards["initial_state"].tensor.storage_offset() % offset == 0
     if case.indices is not None:
         for name in ("state_indices", "conv_state_indices")[: 1 + (case.separate and case.conv)]:
             order = torch.randperm(slots - 1, generator=generator, device=device)[:N] + 1
@@ -113,9 +111,9 @@ def make(case: FusedCase, device: Any = "cpu") -> Inputs:
                 order[(case.seed + 1) % 2 :: 4] = slots if case.indices == "int32" or case.seed % 3 else BEYOND
             add(name, order, getattr(torch, case.indices), fill=0)
     if case.conv:
-        length = (1e-6 if case.large else 1.0) * (0.05 if not case.l2norm else 1.0)
-        weight = randn(C, 4) * (1.0 if case.large else 0.5)
-        weight[: 2 * case.H * K] *= length if not case.large else 1.0
+        weight = randn(C, 4) / 2
+        if not case.l2norm:
+            weight[: 2 * case.H * K] /= 20
         add("conv_weight", weight, weight_dtype)
         if case.bias:
             add("conv_bias", randn(C) / 4, weight_dtype)
@@ -140,9 +138,6 @@ def make(case: FusedCase, device: Any = "cpu") -> Inputs:
     return Inputs(guards, flags, case)
 
 
-MARGIN_OF_16 = 8  # elements of any dtype
-
-
 @dataclass
 class Truth:
     o: torch.Tensor  # [N, HV, V]
@@ -150,49 +145,55 @@ class Truth:
     conv_state: torch.Tensor | None
 
 
-def composition(inputs: Inputs) -> Truth:
-    """A sequence after the other: torch's convolution, the recurrence, the norm; fp64."""
+def slots_of(inputs: Inputs) -> list[tuple[int, int, int]]:
+    """(sequence, slot, slot of conv_state) of each sequence that has both."""
     case, kw = inputs.case, inputs.kwargs
-    N, H, HV, K, V, C = case.N, case.H, case.HV, case.K, case.V, case.C
+    if case.indices is None:
+        return [(n, n, n) for n in range(case.N)]
+    slots = kw["state_indices"].tolist()
+    conv_slots = kw.get("conv_state_indices", kw["state_indices"]).tolist()
+    P = len(kw["initial_state"])
+    found = zip(range(case.N), slots, conv_slots, strict=True)
+    return [(n, i, j) for n, i, j in found if case.null_index < i < P and case.null_index < j < P]
+
+
+def composition(inputs: Inputs) -> Truth:
+    """One part after the other: torch's convolution, the recurrence, the norm; fp64."""
+    case, kw = inputs.case, inputs.kwargs
+    H, HV, K, V, C = case.H, case.HV, case.K, case.V, case.C
     states = kw["initial_state"].double()
     conv_state = kw["conv_state"].double() if case.conv else None
-    o = torch.zeros(N, HV, V, dtype=torch.float64, device=states.device)
-    for n in range(N):
-        slot = conv_slot = n
-        if case.indices is not None:
-            slot = int(kw["state_indices"][n])
-            conv_slot = int(kw.get("conv_state_indices", kw["state_indices"])[n])
-            if min(slot, conv_slot) <= case.null_index or slot >= len(states):
-                continue
-            if conv_state is not None and conv_slot >= len(conv_state):
-                continue
-        x = kw["mixed_qkv"][n].double()
-        if conv_state is not None:
-            kept = conv_state[conv_slot] if case.conv_layout != "taps" else conv_state[conv_slot].T
-            window = torch.cat([kept, x[:, None]], 1)
-            bias = kw["conv_bias"].double() if case.bias else None
-            weight = kw["conv_weight"].double().view(C, 1, 4)
-            x = torch.nn.functional.conv1d(window[None], weight, bias, groups=C)[0, :, 0]
-            x = torch.nn.functional.silu(x)
-            kept.copy_(window[:, 1:])
-        q, k, v = x.split([H * K, H * K, HV * V])
-        o_n, S = recurrence(
-            q.view(1, 1, H, K), k.view(1, 1, H, K), v.view(1, 1, HV, V), kw["g"][n].view(1, 1, HV, K).double(),
-            kw["beta"][n].view(1, 1, HV).double(), kw["scale"], states[slot][None], True, case.l2norm, True, True,
-            lower_bound=kw["lower_bound"], state_v_first=True, A_log=kw.get("A_log"), dt_bias=kw.get("dt_bias"),
-        )  # fmt: skip
-        assert S is not None
-        states[slot] = S[0]
-        y = o_n[0, 0]
-        if case.norm:
-            z = kw["output_gate"][n].double()
-            act = z.sigmoid() * (1 if case.activation == "sigmoid" else z)
-            y = y / (y.square().mean(-1, keepdim=True) + kw["norm_eps"]).sqrt() * kw["norm_weight"].double() * act
-        o[n] = y
+    o = torch.zeros(case.N, HV, V, dtype=torch.float64, device=states.device)
+    kept = slots_of(inputs)
+    if not kept:
+        return Truth(o, states, conv_state)
+    rows, slots, conv_slots = (list(x) for x in zip(*kept, strict=True))
+    x = kw["mixed_qkv"][rows].double()
+    if conv_state is not None:
+        past = conv_state if case.conv_layout != "taps" else conv_state.transpose(1, 2)
+        window = torch.cat([past[conv_slots], x[..., None]], -1)
+        bias = kw["conv_bias"].double() if case.bias else None
+        x = torch.nn.functional.conv1d(window, kw["conv_weight"].double().view(C, 1, 4), bias, groups=C)[..., 0]
+        x = torch.nn.functional.silu(x)
+        past[conv_slots] = window[..., 1:]
+    q, k, v = x.split([H * K, H * K, HV * V], -1)
+    n = len(rows)
+    y, S = recurrence(
+        q.reshape(n, 1, H, K), k.reshape(n, 1, H, K), v.reshape(n, 1, HV, V), kw["g"][rows][:, None].double(),
+        kw["beta"][rows][:, None].double(), kw["scale"], states[slots], True, case.l2norm, True, True,
+        lower_bound=kw["lower_bound"], state_v_first=True, A_log=kw.get("A_log"), dt_bias=kw.get("dt_bias"),
+    )  # fmt: skip
+    assert S is not None
+    states[slots], y = S, y[:, 0]
+    if case.norm:
+        z = kw["output_gate"][rows].double()
+        act = z.sigmoid() * (1 if case.activation == "sigmoid" else z)
+        y = y / (y.square().mean(-1, keepdim=True) + kw["norm_eps"]).sqrt() * kw["norm_weight"].double() * act
+    o[rows] = y
     return Truth(o, states, conv_state)
 
 
-def check(inputs: Inputs, run: Any, at_most: float, exact_nulls: bool = True) -> None:
+def check(inputs: Inputs, run: Any, at_most: float) -> None:
     """run(**kwargs) -> (o, pool) against the composition; nothing is written beside what may be."""
     case, truth = inputs.case, composition(inputs)
     before = {name: guard.snapshot() for name, guard in inputs.guards.items()}
