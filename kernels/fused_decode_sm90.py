@@ -30,7 +30,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
-from . import fragments, gate, ptx, scalars, state_io
+from . import barriers, fragments, gate, ptx, scalars, state_io
 from .arguments import TYPES, zeros
 from .config import (
     CONV_FP32,
@@ -205,7 +205,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                         self.tell(Float32(0.0), sTold, told, e, part, lane)
                 self.put_numbers(tables, down_q, down_k, scalars.beta_of(raw_beta, True, flags), numbers, lane)
 
-                cute.arch.mbarrier_wait(arrived, e % 2)
+                barriers.wait(arrived, e % 2, lane)
                 at, factors = warp * WARP_ROWS, ptx.lds_f32x4(tables[4])
                 vectors = tuple(self.vectors(tables, Int32(0), lane * self.keys))
                 for first in cutlass.range_constexpr(0, WARP_ROWS, AT_ONCE):
@@ -222,7 +222,7 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                         o = ptx.lds_f32(sO + lane * 4)
                         self.tell(o * o, sTold, told, e, part, lane)
                 if const_expr(self.cluster is not None):
-                    cute.arch.mbarrier_wait(told + e % 2, e // 2 % 2)
+                    barriers.wait(told + e % 2, e // 2 % 2, lane)
                 if const_expr(norm):
                     if warp == Z_WARP:
                         squares, z_t = ptx.lds_f32x4(sTold + e % 2 * 16), self.number(z, self.config.dtype)

@@ -259,6 +259,8 @@ def running(fused: Any, base: Any) -> Iterator[None]:
         m.setattr(fused, "Uint8", np.uint8)
         m.setattr(fused, "SmemAllocator", Allocator)
         m.setattr(fused, "state_io", SimpleNamespace(in_dtype=in_dtype))
+        wait = cute.arch.mbarrier_wait
+        m.setattr(fused, "barriers", SimpleNamespace(wait=lambda bar, phase, lane: wait(bar, phase)))
         yield
 
 
