@@ -244,6 +244,8 @@ def _check_conv(call: FusedCall, C: int, N: int) -> None:
     _tensor("conv_state", state, x, (x.dtype,))
     if state.dim() != 3 or state.shape[1:] not in ((C, WIDTH - 1), (WIDTH - 1, C)):
         _bad_shape("conv_state", state, f"[slots, {C}, 3] or [slots, 3, {C}]")
+    if sum((n - 1) * step for n, step in zip(state.shape[1:], state.stride()[1:], strict=True)) >= 1 << 29:
+        raise ValueError(f"conv_state has strides {state.stride()}: must have slots that span less than 2^29 elements")
     if call.state_indices is None and state.shape[0] < N:
         _bad_shape("conv_state", state, f"[slots, {C}, 3] with at least N = {N} slots without indices")
 

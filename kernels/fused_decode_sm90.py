@@ -67,8 +67,8 @@ class Numbers(NamedTuple):
     conv_bias: Int64  # [C] like conv_weight
     conv_state: Int64  # [slots, C, 3] like x
     conv_slot: Int64  # bytes from a slot, channel and input to the next
-    conv_channel: Int64
-    conv_tap: Int64
+    conv_channel: Int32
+    conv_tap: Int32
     conv_slots: Int32
     conv_indices: Int64  # as state_indices, in the same dtype, of slots
     norm_weight: Int64  # [V] bf16 (or fp16), or fp32
@@ -162,16 +162,11 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         gate_inputs = gate.Inputs.of(numbers)
         row = part * ROWS + lane  # of V, in warps that have one a lane
         if exists & (slot >= 0) & (conv_slot >= 0):
+            at = state_at + self.bytes_of(first_head * V + part * ROWS, flags)
+            self.ask_state(at, sS, bars, Int32(0), warp, flags)
             for e in cutlass.range(heads, unroll=1):
                 h = first_head + e
                 state = state_at + self.bytes_of(h * V + part * ROWS, flags)
-                if warp == LOAD_WARP:
-                    size = Int32(self.bytes_of(Int32(ROWS), flags))
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(arrived, size)
-                        ptx.load_bulk(sS, state, size, arrived.toint())
-                        if const_expr(self.cluster is not None):
-                            cute.arch.mbarrier_arrive_and_expect_tx(told + e % 2, self.parts * 4)
                 h_k, H = Int32(Int64(h) * of_group >> 31), Int32(Int64(HV) * of_group >> 31)
                 channels = h_k * K + thread, (H + h_k) * K + thread, 2 * H * K + h * V + row
                 # All warps ask for a third channel, q's if it is not theirs: behind a branch ptxas asks too late.
@@ -206,18 +201,22 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                 self.put_numbers(tables, down_q, down_k, scalars.beta_of(raw_beta, True, flags), numbers, lane)
 
                 barriers.wait(arrived, e % 2, lane)
-                at, factors = warp * WARP_ROWS, ptx.lds_f32x4(tables[4])
+                first_row, factors = warp * WARP_ROWS, ptx.lds_f32x4(tables[4])
                 vectors = tuple(self.vectors(tables, Int32(0), lane * self.keys))
                 for first in cutlass.range_constexpr(0, WARP_ROWS, AT_ONCE):
-                    self.take_rows(S, sS, at + first, lane, flags)
+                    self.take_rows(S, sS, first_row + first, lane, flags)
                     if const_expr(norm):
-                        self.four_rows(S, 0, vectors, factors, sV, Int32(0), sO, Int32(0), at + first, lane)
+                        self.four_rows(S, 0, vectors, factors, sV, Int32(0), sO, Int32(0), first_row + first, lane)
                     else:
                         out = mO, n, h
-                        self.four_rows(S, 0, vectors, factors, sV, Int32(0), out, part * ROWS, at + first, lane)
-                    self.put_rows(S, state, at + first, lane, flags)
+                        self.four_rows(S, 0, vectors, factors, sV, Int32(0), out, part * ROWS, first_row + first, lane)
+                    self.put_rows(S, state, first_row + first, lane, flags)
+                if const_expr(norm or conv):
+                    cute.arch.sync_threads()  # the state and all tables are read
+                if const_expr(conv):
+                    if e + 1 < heads:
+                        self.ask_state(state + self.bytes_of(Int32(V), flags), sS, bars, e + 1, warp, flags)
                 if const_expr(norm):
-                    cute.arch.sync_threads()
                     if warp == Z_WARP:
                         o = ptx.lds_f32(sO + lane * 4)
                         self.tell(o * o, sTold, told, e, part, lane)
@@ -237,8 +236,6 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
                     if warp == V_WARP:
                         words = ptx.lds_u32x4(sKept + (ROWS + lane) * 16)
                         self.store_kept(kept_at, channels[2], words[:2], numbers)
-                    if const_expr(not norm):  # all is read, before the next head's is written
-                        cute.arch.sync_threads()
         else:
             if exists & (warp == Z_WARP):
                 for e in cutlass.range(heads, unroll=1):
@@ -273,6 +270,17 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
 
     # ------------------------------------------------------------------ what is asked for
 
+    @cute.jit
+    def ask_state(self, at: Int64, to: Int32, bars: cute.Pointer, e: Int32, warp: Int32, flags: Int32):
+        """The block's rows of its e-th head; and says how much the others will tell of it."""
+        if warp == LOAD_WARP:
+            size = Int32(self.bytes_of(Int32(ROWS), flags))
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(bars, size)
+                ptx.load_bulk(to, at, size, bars.toint())
+                if const_expr(self.cluster is not None):
+                    cute.arch.mbarrier_arrive_and_expect_tx(bars + 1 + e % 2, self.parts * 4)
+
     def load(self, m: cute.Tensor, at) -> Uint32:
         """The bits of an element."""
         address = (m.iterator + cute.crd2idx(at, m.layout)).toint()
@@ -284,12 +292,12 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         x, bias, weights, kept = self.load(mX, (n, channel)), Uint32(0), (Uint32(0),) * 4, (Uint32(0),) * TAPS
         if const_expr(self.config.conv):
             fp32 = Int32((numbers.flags & CONV_FP32) != 0)
-            at = numbers.conv_weight + Int64(channel) * (8 + 8 * fp32)
+            at = numbers.conv_weight + Int64(channel * (8 + 8 * fp32))
             weights = (*ptx.ldg_u32x2(at), *ptx.ldg_u32x2(at + 8 * fp32))
             if numbers.conv_bias != 0:
                 bias = self.load_weight(numbers.conv_bias, channel, CONV_FP32, numbers.flags)
-            at = kept_at + Int64(channel) * numbers.conv_channel
-            kept = tuple(ptx.ldg_u16(at + i * numbers.conv_tap) for i in range(TAPS))
+            at = kept_at + Int64(channel * numbers.conv_channel)
+            kept = tuple(ptx.ldg_u16(at + Int64(i * numbers.conv_tap)) for i in range(TAPS))
         return Asked(x, weights, bias, kept)
 
     @cute.jit
@@ -307,9 +315,9 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         ptx.sts_u32x4(at, tuple(word for c in (a, b) for word in (c.kept[1] | (c.kept[2] << 16), c.x)))
 
     def store_kept(self, kept_at: Int64, channel: Int32, words, numbers: Numbers) -> None:
-        at = kept_at + Int64(channel) * numbers.conv_channel
+        at = kept_at + Int64(channel * numbers.conv_channel)
         for i, x in enumerate((words[0], words[0] >> 16, words[1])):
-            ptx.stg_u16(at + i * numbers.conv_tap, x)
+            ptx.stg_u16(at + Int64(i * numbers.conv_tap), x)
 
     @cute.jit
     def bytes_of(self, rows: Int32, flags: Int32) -> Int64:
