@@ -46,7 +46,7 @@ from .decode_sm90 import NUMBERS, ROWS, WARP_ROWS, KdaDecodeSm90
 
 TAPS = 3  # inputs that the convolution keeps
 Z_WARP, LOAD_WARP, V_WARP = 0, 1, 3  # which norms, asks for the state, makes the block's rows of v
-AT_ONCE = 4  # rows of a warp
+AT_ONCE = 4  # rows of a warp, as `four_rows` takes
 BLOCKS = 8  # on an SM: 64 registers a thread
 LARGE = 2.0**50  # of q and k, beyond which they are made smaller, as in decode_sm90
 

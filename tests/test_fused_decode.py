@@ -55,6 +55,27 @@ def test_in_fp64() -> None:
     assert o.dtype == S.dtype == torch.float64 and o.isfinite().all()
 
 
+def test_both_states_of_a_slot_in_one_page() -> None:
+    """As servers with one pool of pages have them: they lie between one another, and share nothing."""
+    case = FusedCase(2, N=3, H=2)
+    kwargs = make(case).kwargs
+    plain = {**kwargs, "initial_state": kwargs["initial_state"].clone(), "conv_state": kwargs["conv_state"].clone()}
+    state, kept = plain["initial_state"], plain["conv_state"]
+    page = state[0].nbytes + kept[0].nbytes + 64
+    memory = torch.zeros(len(state) * page, dtype=torch.uint8)
+    pool = memory.view(torch.float32).as_strided(state.shape, (page // 4, *state.stride()[1:]))
+    begin = state[0].nbytes // 2
+    kept_in = memory.view(torch.bfloat16).as_strided(kept.shape, (page // 2, *kept.stride()[1:]), begin)
+    pool.copy_(state)
+    kept_in.copy_(kept)
+    o, _ = fused_decode_kda(**{**kwargs, "initial_state": pool, "conv_state": kept_in})
+    want, _ = fused_decode_kda(**plain)
+    assert torch.equal(o, want) and torch.equal(pool, state) and torch.equal(kept_in, kept)
+    with pytest.raises(ValueError, match="initial_state shares memory with conv_state"):
+        kept_in = memory.view(torch.bfloat16).as_strided(kept.shape, (page // 2, *kept.stride()[1:]), begin - 1)
+        fused_decode_kda(**{**kwargs, "initial_state": pool, "conv_state": kept_in})
+
+
 def changed(**changes: Any) -> Callable[[dict[str, Any]], None]:
     def change(kwargs: dict[str, Any]) -> None:
         for name, f in changes.items():
