@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "chunk_kda", "chunk_kda_summary", "fused_recurrent_kda", "fwd", "replay_shape", "warmup"]
+__all__ = [
+    "__version__",
+    "chunk_kda",
+    "chunk_kda_summary",
+    "fused_decode_kda",
+    "fused_recurrent_kda",
+    "fwd",
+    "replay_shape",
+    "warmup",
+]
 
 if TYPE_CHECKING:
     from .contract import replay_shape
+    from .fused_decode import fused_decode_kda
     from .jit import warmup
     from .ops import chunk_kda, chunk_kda_summary, fused_recurrent_kda, fwd
 
@@ -23,9 +33,14 @@ if not (Path(__file__).parent / "kernels").exists() and (Path(__file__).parents[
     __path__.append(str(Path(__file__).parents[1]))
 
 _HOME = {
-    "chunk_kda": "ops", "chunk_kda_summary": "ops", "fused_recurrent_kda": "ops", "fwd": "ops",
-    "replay_shape": "contract", "warmup": "jit",
-}  # fmt: skip
+    "chunk_kda": "ops",
+    "chunk_kda_summary": "ops",
+    "fused_decode_kda": "fused_decode",
+    "fused_recurrent_kda": "ops",
+    "fwd": "ops",
+    "replay_shape": "contract",
+    "warmup": "jit",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,28 +21,28 @@ def is_hopper(index: int) -> bool:
     return torch.version.hip is None and gpu(index)[0] == HOPPER
 
 
-def backend_of(q: torch.Tensor, backend: str | None) -> Any:
+def backend_of(q: torch.Tensor, backend: str | None, name: str = "q") -> Any:
     """The module of `backends` that serves a call. Raises ValueError for a name or device that none has, RuntimeError
-    for a GPU that no kernel runs on."""
+    for a GPU that no kernel runs on. name: of the argument q."""
     if backend == "reference" or (backend is None and q.is_cpu):
         return _load("reference")
     if backend is not None and backend != "cute":
         raise ValueError(f'backend is {backend!r}: must be None, "cute" or "reference"')
     if not q.is_cuda:
         raise ValueError(
-            f'q is on {q.device}: must be on a CUDA device for backend={backend!r}; backend="reference" works here'
+            f'{name} is on {q.device}: must be on a CUDA device for backend={backend!r}; backend="reference" works here'
         )
-    capability, name = gpu(q.get_device())
+    capability, model = gpu(q.get_device())
     if torch.version.hip is not None:
         raise RuntimeError(
-            f"q is on {q.device}, a {name} under ROCm: the kernel needs an NVIDIA Hopper GPU such as the H100 or H200; "
-            'backend="reference" works here, slowly'
+            f"{name} is on {q.device}, a {model} under ROCm: the kernel needs an NVIDIA Hopper GPU such as the H100 or "
+            'H200; backend="reference" works here, slowly'
         )
     if capability != HOPPER:
         major, minor = capability
         raise RuntimeError(
-            f"q is on {q.device}, a {name} (compute capability {major}.{minor}): the kernel needs a Hopper GPU such as "
-            f'the H100 or H200 (9.0); backend="reference" works here, slowly'
+            f"{name} is on {q.device}, a {model} (compute capability {major}.{minor}): the kernel needs a Hopper GPU "
+            f'such as the H100 or H200 (9.0); backend="reference" works here, slowly'
         )
     return _load("hopper")
 

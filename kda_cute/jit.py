@@ -264,10 +264,10 @@ def _make(config: Any, arch: str, symbol: str, folder: cache.Folder | None) -> t
 
 def compile_kernel(config: Any, arch: str) -> Any:
     """The DSL's result for a configuration. The one place that imports a kernel, and with it cutlass."""
-    from .kernels import build_sm90, decode_sm90, fwd_sm90
-    from .kernels.config import KdaBuildConfig, KdaDecodeConfig
+    from .kernels import build_sm90, decode_sm90, fused_decode_sm90, fwd_sm90
+    from .kernels.config import KdaBuildConfig, KdaDecodeConfig, KdaFusedDecodeConfig
 
-    kernels = {KdaBuildConfig: build_sm90, KdaDecodeConfig: decode_sm90}
+    kernels = {KdaBuildConfig: build_sm90, KdaDecodeConfig: decode_sm90, KdaFusedDecodeConfig: fused_decode_sm90}
     return kernels.get(type(config), fwd_sm90).compile(config, arch)
 
 

@@ -18,6 +18,8 @@ INDEX_INT64, OFFSET_INT64, KEPT_INT64, NULL_ZERO = (1 << i for i in range(12, 16
 # What states may be in memory, and the bits in which each kind of state says what it is: see state_io.in_dtype.
 STATE_DTYPES = ("fp32", "bf16")
 INITIAL, FINAL, CHECKPOINTS, TOKEN_STATES = 6, 7, 8, 11
+# Of the fused decode kernel: fp32 weights, z sigmoid(z) for sigmoid(z), programmatic dependent launch.
+CONV_FP32, NORM_FP32, SWISH, PDL = (1 << i for i in range(20, 24))
 
 
 # Microseconds that a block, or the two that share a head, take for a chunk of 32 tokens, by v_split: side by side on
@@ -119,6 +121,33 @@ class KdaDecodeConfig:
         return f"kda_decode_g{self.g_dtype}_{self.gate}" + "_vk" * self.state_v_first + _suffix(self.dtype) + rest
 
 
+@dataclass(frozen=True)
+class KdaFusedDecodeConfig:
+    """The kernel for one token a sequence with what stands around KDA in a layer. States are [.., V, K]. Fields as in
+    KdaFwdConfig.
+
+    conv: a causal convolution of width 4 and SiLU come before.
+    norm: a gated RMSNorm comes after.
+    """
+
+    g_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gate: Literal["safe", "softplus"] = "safe"
+    conv: bool = True
+    norm: bool = True
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    K: Literal[128] = 128  # nothing else
+    V: Literal[128] = 128
+
+    @property
+    def name(self) -> str:
+        around = "_conv" * self.conv + "_norm" * self.norm
+        return f"kda_decode_fused_g{self.g_dtype}_{self.gate}{around}" + _suffix(self.dtype)
+
+    @property
+    def state_v_first(self) -> bool:
+        return True
+
+
 def v_split(T: int, N: int, H: int, sms: int) -> Literal[1, 2]:
     """Whether two blocks share a head, for N sequences of T tokens in all (the single ones are not known on the host),
     H heads and a GPU with `sms` multiprocessors: what takes less time if all sequences are equally long.
@@ -194,12 +223,12 @@ def builds_maps(T: int, H: int, N: int, packed: bool, split: Literal[1, 2], sms:
 
 
 GATES: tuple[Literal["safe", "softplus", "log"], ...] = ("safe", "softplus", "log")
-Config: TypeAlias = KdaFwdConfig | KdaBuildConfig | KdaDecodeConfig
+Config: TypeAlias = KdaFwdConfig | KdaBuildConfig | KdaDecodeConfig | KdaFusedDecodeConfig
 
 
 def all_configs(dtype: Literal["bf16", "fp16"] = "bf16") -> list[Config]:
-    """Those for q, k and v in a dtype, with g in the same or in fp32. Of those for servers only what they use: their
-    states have V first, their gates are in the kernel."""
+    """Those for q, k and v in a dtype, with g in the same or in fp32. Of those for servers only what they use: g in
+    the same dtype, a gate in the kernel, states with V first."""
     kinds = [(g_dtype, gate, neg) for neg in (False, True) for gate in GATES for g_dtype in (dtype, "fp32")]
     build: list[Config] = [KdaBuildConfig(g_dtype, gate, neg, dtype) for g_dtype, gate, neg in kinds]
     decode = [
@@ -212,4 +241,7 @@ def all_configs(dtype: Literal["bf16", "fp16"] = "bf16") -> list[Config]:
     served = [(dtype, gate) for gate in GATES if gate != "log"]
     offsets = [KdaFwdConfig(*x, split, dtype=dtype, checkpoints="offsets") for x in served for split in (1, 2)]
     by_token = [KdaDecodeConfig(*x, True, dtype, by_token=True) for x in served]
-    return [*build, *forward, *decode, *offsets, *by_token]
+    fused = [
+        KdaFusedDecodeConfig(*x, conv, norm, dtype) for x in served for conv in (True, False) for norm in (True, False)
+    ]
+    return [*build, *forward, *decode, *offsets, *by_token, *fused]

@@ -370,20 +370,29 @@ class KdaDecodeSm90:
 
     def step(self, S: cute.Tensor, tables, j: Int32, o: cute.Tensor, block_row: Int32, row: Int32, lane: Int32):
         """Token j, V first: S goes on, o of a warp's 8 rows is stored. A lane has neighbouring channels of them all."""
-        sQ, sK, sA = self.vectors(tables, j, lane * self.keys)
-        rq, rk, qk, beta = ptx.lds_f32x4(tables[4] + j * NUMBERS)
+        vectors = tuple(self.vectors(tables, j, lane * self.keys))
+        numbers = ptx.lds_f32x4(tables[4] + j * NUMBERS)
         for first in range(0, WARP_ROWS, 4):
-            (x,) = fragments.sum_to_lanes(self.sums(S, first, sQ, sK, sA), lane, (16, 8, 4), (2, 1))
-            y = cute.arch.shuffle_sync_bfly(x, 16)
-            at = row + first + lane // 4 % 4  # whose sums this lane has
-            u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), ptx.lds_f32(tables[3] + (j * ROWS + at) * 4))
-            self.store(
-                o, block_row + at, [rq * ptx.fma(u * rk, qk, cutlass.select_(lane < 16, y, x))],
-                (lane < 16) & (lane % 4 == 0),
-            )  # fmt: skip
-            self.add(S, first, [cute.arch.shuffle_sync(u * rk, i * 4) for i in range(4)], sK)
+            at, u = self.four_rows(S, first, vectors, numbers, tables[3], j, o, block_row, row + first, lane)
             if self.config.by_token:
                 self.note(tables, j, at, [u], (lane < 16) & (lane % 4 == 0))
+
+    def four_rows(
+        self, S: cute.Tensor, first: int, vectors, numbers, sV: Int32, j: Int32, o: cute.Tensor, block_row: Int32,
+        row: Int32, lane: Int32,
+    ):  # fmt: skip
+        """Of `step`, from row `first` on of S, which is `row` of the block. Returns a row, the lane's, and its u."""
+        rq, rk, qk, beta = numbers
+        (x,) = fragments.sum_to_lanes(self.sums(S, first, *vectors), lane, (16, 8, 4), (2, 1))
+        y = cute.arch.shuffle_sync_bfly(x, 16)
+        at = row + lane // 4 % 4  # whose sums this lane has
+        u = beta * ptx.fma(-rk, cutlass.select_(lane < 16, x, y), ptx.lds_f32(sV + (j * ROWS + at) * 4))
+        self.store(
+            o, block_row + at, [rq * ptx.fma(u * rk, qk, cutlass.select_(lane < 16, y, x))],
+            (lane < 16) & (lane % 4 == 0),
+        )  # fmt: skip
+        self.add(S, first, [cute.arch.shuffle_sync(u * rk, i * 4) for i in range(4)], vectors[1])
+        return at, u
 
     def send_sums(self, S: cute.Tensor, tables, j: Int32, warp: Int32, lane: Int32) -> None:
         """Token j, K first: a lane has 4 rows of some channels; the sums of the warp's go to shared memory."""

@@ -214,6 +214,16 @@ def ldg_u32(at: Int64, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
+def ldg_u32x2(at: Int64, *, loc=None, ip=None) -> tuple[Uint32, Uint32]:
+    return _asm("ld.global.v2.b32 {$0, $1}, [$2];", [Uint32] * 2, [at], "=r,=r,l", True, loc, ip)
+
+
+@dsl_user_op
+def ldg_u32x4(at: Int64, *, loc=None, ip=None) -> U4:
+    return _asm("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", [Uint32] * 4, [at], "=r,=r,=r,=r,l", True, loc, ip)
+
+
+@dsl_user_op
 def ldg_i32(at: Int64, *, loc=None, ip=None) -> Int32:
     return _asm("ld.global.b32 $0, [$1];", [Int32], [at], "=r,l,~{memory}", True, loc, ip)
 
@@ -221,6 +231,13 @@ def ldg_i32(at: Int64, *, loc=None, ip=None) -> Int32:
 @dsl_user_op
 def ldg_i64(at: Int64, *, loc=None, ip=None) -> Int64:
     return _asm("ld.global.b64 $0, [$1];", [Int64], [at], "=l,l,~{memory}", True, loc, ip)
+
+
+@dsl_user_op
+def stg_u16(at: Int64, x: Uint32, *, loc=None, ip=None) -> None:
+    """The low half of x."""
+    text = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; st.global.b16 [$0], l; }"
+    _asm(text, [], [at, x], "l,r,~{memory}", True, loc, ip)
 
 
 @dsl_user_op
@@ -534,4 +551,23 @@ def send(to: Int32, at: Int32, size: int, bar: Int32, rank: Int32, *, loc=None, 
         "{ .reg .b32 t, u; mapa.shared::cluster.u32 t, $0, $4; mapa.shared::cluster.u32 u, $3, $4; "
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [t], [$1], $2, [u]; }",
         [], [to, at, Int32(size), bar, rank], "r,r,r,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def send_word(to: Int32, x: Float32, bar: Int32, rank: Int32, *, loc=None, ip=None) -> None:
+    """x to another block of the cluster, or to this one; `to` and `bar`, which counts its 4 bytes, as in `send`."""
+    _asm(
+        "{ .reg .b32 t, u; mapa.shared::cluster.u32 t, $0, $3; mapa.shared::cluster.u32 u, $2, $3; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [t], $1, [u]; }",
+        [], [to, x, bar, rank], "r,f,r,r,~{memory}", True, loc, ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def load_bulk(to: Int32, at: Int64, size: Int32, bar: Int32, *, loc=None, ip=None) -> None:
+    """A multiple of 16 bytes from global to shared memory, which an mbarrier counts; by one thread."""
+    _asm(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+        [], [to, at, size, bar], "r,l,r,r,~{memory}", True, loc, ip,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from kda_cute.kernels.config import (
     STATE_BYTES,
     KdaBuildConfig,
     KdaDecodeConfig,
+    KdaFusedDecodeConfig,
     KdaFwdConfig,
     all_configs,
     builds_maps,
@@ -129,9 +130,9 @@ def test_part(lengths: tuple[int, ...], H: int, workers: int, expected: tuple[in
 def test_names_are_unique_and_rings_fit() -> None:
     configs = all_configs()
     assert len({config.name for config in [*configs, *all_configs("fp16")]}) == 2 * len(configs)
-    assert len({config.name for config in configs}) == len(configs) == 48
+    assert len({config.name for config in configs}) == len(configs) == 62
     for config in configs:
-        if isinstance(config, KdaDecodeConfig):
+        if isinstance(config, (KdaDecodeConfig, KdaFusedDecodeConfig)):
             continue
         kib = 24 if isinstance(config, KdaBuildConfig) else 36 - 4 * (config.v_split == 2)
         stage = (kib + 8 * (config.g_dtype == "fp32")) << 10

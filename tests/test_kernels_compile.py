@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from kda_cute import cli, cubin, jit
-from kda_cute.kernels.config import MAX_SMEM_BYTES, KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig, all_configs
+from kda_cute.kernels.config import (
+    MAX_SMEM_BYTES,
+    KdaBuildConfig,
+    KdaDecodeConfig,
+    KdaFusedDecodeConfig,
+    KdaFwdConfig,
+    all_configs,
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +49,7 @@ OTHERS = [
     KdaFwdConfig("fp32", "softplus", 2, checkpoints="every"),
     KdaFwdConfig("fp32", "softplus", 2, True, checkpoints="offsets"), KdaDecodeConfig(by_token=True),
     KdaDecodeConfig("fp32", "softplus", True, by_token=True), KdaDecodeConfig(K=64, V=64, by_token=True),
+    KdaFusedDecodeConfig("fp32", "softplus"), KdaFusedDecodeConfig("fp16", dtype="fp16"),
 ]  # fmt: skip
 configs = pytest.mark.parametrize("config", [*all_configs(), *OTHERS], ids=lambda config: config.name)
 
@@ -59,7 +67,7 @@ def test_registers_suffice(config, kernels):
 @configs
 def test_roles_share_what_registers_there_are(config, kernels):
     """More than the block gets at its launch, and setmaxnreg waits for ever."""
-    if isinstance(config, KdaDecodeConfig):
+    if isinstance(config, (KdaDecodeConfig, KdaFusedDecodeConfig)):
         return
     groups = (1, 1, 1, 2) if isinstance(config, KdaBuildConfig) else (1, config.v_split, 3 - config.v_split)
     for kernel in kernels(config)[0]:
@@ -75,8 +83,20 @@ def test_uses_tensor_cores_and_tma(config, kernels):
         vectors = [name for name in found[0].opcodes if name.startswith("LDG") and name.split(".")[-1] in ("64", "128")]
         assert sum(found[0].opcodes[name] for name in vectors) >= 4
         return
+    if isinstance(config, KdaFusedDecodeConfig):  # reads a state in one piece, and writes it in vectors
+        assert found[0].count("UBLKCP") == 1 + config.conv and found[0].opcodes["STG.E.128"] >= 8
+        return
     assert sum(kernel.count("HGMMA") for kernel in found) > 0
     assert sum(kernel.count("UTMALDG") for kernel in found) > 0
+
+
+def test_blocks_of_fused_decoding_are_as_many_as_planned(kernels):
+    """Eight on an SM, by registers and by the shared memory that is asked for."""
+    for config in all_configs():
+        if isinstance(config, KdaFusedDecodeConfig):
+            (kernel,), (dynamic,) = kernels(config)
+            assert kernel.registers <= 64
+            assert 8 * (kernel.static_smem + dynamic + 1024) <= 0.75 * (228 << 10)
 
 
 @configs

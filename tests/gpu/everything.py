@@ -24,8 +24,9 @@ from tests.conftest import no_hopper
 ROOT = Path(__file__).parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfEs")
 CHUNKED, DECODE = "tests/gpu/test_kda_gpu.py", "tests/gpu/test_decode_gpu.py"
+FUSED = "tests/gpu/test_fused_decode_gpu.py"
 RANDOM, LARGE = "test_call", "million or past_2"
-SEEDS = 8  # processes of random calls of chunk_kda, each with both v_splits; and three of fused_recurrent_kda
+SEEDS = 8  # processes of random calls of chunk_kda, each with both v_splits; three of fused_recurrent_kda, one fused
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -76,6 +77,7 @@ def main() -> int:
 
     parts = [drawn("random calls", CHUNKED, i, -(-options.calls // (2 * SEEDS))) for i in range(SEEDS)]
     parts += [drawn("random decoding", DECODE, i, -(-options.calls // 10)) for i in range(3)]
+    parts.append(drawn("random fused decoding", FUSED, 0, -(-options.calls // 10)))
     rest = (
         *PYTEST,
         f"-n{max(1, min(12, cores - 4))}",

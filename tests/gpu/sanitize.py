@@ -11,10 +11,11 @@ import itertools
 
 import torch
 
-from kda_cute import chunk_kda, fused_recurrent_kda, known_calls
+from kda_cute import chunk_kda, fused_decode_kda, fused_recurrent_kda, known_calls
 from kda_cute.backends import hopper
 from kda_cute.kernels.config import GATES
 from tests import by_token
+from tests.fused_cases import FusedCase, composition, make
 from tests.gpu.oracle import BOUND, relative_error
 
 LENGTHS = (0, 1, 15, 16, 17, 32, 33, 0, 70, 200)
@@ -126,8 +127,27 @@ def decode(g_dtype: torch.dtype, gate: str, state_dtype: torch.dtype, state_v_fi
     return max(relative_error(x.cpu(), y) for x, y in pairs)
 
 
+def fused(case: FusedCase) -> float:
+    """Heads that share q and k or not, null slots, all dtypes; with and without what is around."""
+    inputs = make(case, "cuda")
+    truth, kwargs = composition(inputs), inputs.kwargs
+    o, states = fused_decode_kda(**kwargs)
+    return max(relative_error(o, truth.o), relative_error(states, truth.states))
+
+
 def main() -> None:
     torch.manual_seed(0)
+    for i, (gate, conv, norm, group) in enumerate(
+        itertools.product(("safe", "softplus"), (False, True), (False, True), (1, 2))
+    ):
+        case = FusedCase(
+            i, N=5, H=H, group=group, gate=gate, conv=conv, norm=norm, state=("fp32", "bf16")[i % 3 % 2], nulls=True,
+            indices=("int32", "int64")[i // 2 % 2], conv_layout=("channels", "taps", "view")[i % 3], gaps=i % 4 == 0,
+            weight_dtype=("bf16", "fp32")[i // 3 % 2], separate=i % 5 == 0, large=i % 7 == 3,
+        )  # fmt: skip
+        found = fused(case)
+        print(f"fused {case} error {found:.1e}", flush=True)
+        assert found < BOUND
     for g_dtype, gate, v_first in itertools.product((torch.bfloat16, torch.float32), GATES, (False, True)):
         state_dtype = torch.bfloat16 if gate == "safe" else torch.float32
         found = decode(g_dtype, gate, state_dtype, v_first)
