@@ -155,10 +155,11 @@ def check_call(
 
     states = N
     if state_indices is not None:
-        shape, form = ((N,),), f"[{N}], [N]"
+        allowed: tuple[tuple[int, ...], ...] = ((N,),)
+        form = f"[{N}], [N]"
         if recurrent and isinstance(state_indices, Tensor) and state_indices.dim() == 2 and state_indices.shape[1] > 0:
-            shape, form = ((N, state_indices.shape[1]),), f"[{N}], [N], or [{N}, S], [N, S]"
-        _check_indices("state_indices", state_indices, device, shape, form)
+            allowed, form = ((N, state_indices.shape[1]),), f"[{N}], [N], or [{N}, S], [N, S]"
+        _check_indices("state_indices", state_indices, device, allowed, form)
         if initial_state is None:
             raise ValueError("initial_state is None: must be the pool of states that state_indices are of")
         if isinstance(initial_state, Tensor) and initial_state.dim():

@@ -219,25 +219,17 @@ def prepare(call: Call, sizes: Sizes) -> Any:
         cuts = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
         indices = 0 if state_indices is None else state_indices.data_ptr()
         has = 0 if has_initial_state is None else has_initial_state.data_ptr()
-        betas, more = beta.data_ptr(), ()
+        betas = beta.data_ptr()
+        more: tuple[int, ...] = ()
         if not plain:
-            more = tuple(
-                [
-                    0 if x is None else x.data_ptr()
-                    for x in (
-                        token_states,
-                        replay,
-                        token_state_indices,
-                        num_accepted_tokens,
-                        checkpoint_state,
-                        checkpoint_offsets,
-                        checkpoint_indices,
-                    )
-                ]
-            )  # as in MORE
+            given = (
+                token_states, replay, token_state_indices, num_accepted_tokens, checkpoint_state, checkpoint_offsets,
+                checkpoint_indices,
+            )  # fmt: skip
+            more = tuple([0 if x is None else x.data_ptr() for x in given])
         addresses = (
             number, q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), o.data_ptr(), betas, a_log, bias, initial,
-            final, cuts, indices, has, more,
+            final, cuts, indices, has, *more,
         )  # fmt: skip
         if addresses not in right:
             by_vector = q.data_ptr() | k.data_ptr() | v.data_ptr() | g.data_ptr() | o.data_ptr()
