@@ -152,6 +152,8 @@ class KdaFusedDecodeSm90(KdaDecodeSm90):
         index = self.ask_index(numbers, n, lane)
         if const_expr(self.cluster is not None):  # the barriers are there, long before an index is
             cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
         slot = self.slot_of(index, numbers, lane)
         conv_slot, slot = (cute.arch.shuffle_sync(slot, 1 if const_expr(conv) else 0), cute.arch.shuffle_sync(slot, 0))

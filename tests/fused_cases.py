@@ -193,7 +193,7 @@ def composition(inputs: Inputs) -> Truth:
     return Truth(o, states, conv_state)
 
 
-def check(inputs: Inputs, run: Any, at_most: float) -> None:
+def check(inputs: Inputs, run: Any) -> None:
     """run(**kwargs) -> (o, pool) against the composition; nothing is written beside what may be."""
     case, truth = inputs.case, composition(inputs)
     before = {name: guard.snapshot() for name, guard in inputs.guards.items()}
@@ -204,8 +204,8 @@ def check(inputs: Inputs, run: Any, at_most: float) -> None:
     for name, guard in inputs.guards.items():
         written = name in ("out", "initial_state", "conv_state")
         assert guard.untouched_outside(before[name], None if written else guard.tensor[:0]), name
-    close(o, truth.o, at_most)
-    close(S, truth.states, at_most)
+    close(o, truth.o)
+    close(S, truth.states)
     changed = (truth.states != pool.double()).flatten(1).any(1)
     assert torch.equal(S[~changed], pool[~changed])
     if kept is not None and truth.conv_state is not None:
@@ -213,11 +213,17 @@ def check(inputs: Inputs, run: Any, at_most: float) -> None:
     assert (o[(truth.o == 0).flatten(1).all(1)] == 0).all()
 
 
-def close(x: torch.Tensor, y: torch.Tensor, at_most: float) -> None:
-    """Per slot or sequence, and head."""
-    error = (x.double() - y).flatten(2).norm(dim=-1)
-    size = y.flatten(2).norm(dim=-1)
-    assert (error <= at_most * size).all(), (error / size).max()
+# Numbers of one head may all be rounded to bf16 as badly as can be; of many they are not.
+OF_A_HEAD, OF_ALL = 2.0**-8 + 1e-4, 2.2e-3
+MANY = 10_000
+
+
+def close(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Per slot or sequence, and head; and all together."""
+    error, size = (x.double() - y).flatten(2).norm(dim=-1), y.flatten(2).norm(dim=-1)
+    assert (error <= OF_A_HEAD * size).all(), (error / size).max()
+    if y.numel() >= MANY:
+        assert error.norm() <= OF_ALL * size.norm(), error.norm() / size.norm()
 
 
 @st.composite

@@ -8,6 +8,8 @@ slows a kernel down a thousandfold. Prints one line a call, and fails when a res
 from __future__ import annotations
 
 import itertools
+import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -135,32 +137,34 @@ def fused(case: FusedCase) -> float:
     return max(relative_error(o, truth.o), relative_error(states, truth.states))
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    for i, (gate, conv, norm, group) in enumerate(
-        itertools.product(("safe", "softplus"), (False, True), (False, True), (1, 2))
-    ):
+def all_fused() -> Iterator[tuple[str, float]]:
+    cases = itertools.product(("safe", "softplus"), (False, True), (False, True), (1, 2))
+    for i, (gate, conv, norm, group) in enumerate(cases):
         case = FusedCase(
             i, N=5, H=H, group=group, gate=gate, conv=conv, norm=norm, state=("fp32", "bf16")[i % 3 % 2], nulls=True,
             indices=("int32", "int64")[i // 2 % 2], conv_layout=("channels", "taps", "view")[i % 3], gaps=i % 4 == 0,
             weight_dtype=("bf16", "fp32")[i // 3 % 2], separate=i % 5 == 0, large=i % 7 == 3,
         )  # fmt: skip
-        found = fused(case)
-        print(f"fused {case} error {found:.1e}", flush=True)
-        assert found < BOUND
+        yield f"{case}", fused(case)
+
+
+def all_decode() -> Iterator[tuple[str, float]]:
     for g_dtype, gate, v_first in itertools.product((torch.bfloat16, torch.float32), GATES, (False, True)):
         state_dtype = torch.bfloat16 if gate == "safe" else torch.float32
-        found = decode(g_dtype, gate, state_dtype, v_first)
-        print(f"decode {g_dtype=} {gate=} {state_dtype=} {v_first=} error {found:.1e}", flush=True)
-        assert found < BOUND
+        yield f"{g_dtype=} {gate=} {state_dtype=} {v_first=}", decode(g_dtype, gate, state_dtype, v_first)
+
+
+def all_tokens() -> Iterator[tuple[str, float]]:
     for kind, v_first in itertools.product(by_token.KINDS, (False, True)):
-        found = tokens_of(kind, v_first)
-        print(f"decode by token {kind=} {v_first=} error {found:.1e}", flush=True)
-        assert found < BOUND
+        yield f"{kind=} {v_first=}", tokens_of(kind, v_first)
+
+
+def all_serving() -> Iterator[tuple[str, float]]:
     for split, state_dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
-        found = serving(split, state_dtype)
-        print(f"serving {split=} {state_dtype=} error {found:.1e}", flush=True)
-        assert found < BOUND
+        yield f"{split=} {state_dtype=}", serving(split, state_dtype)
+
+
+def all_chunked() -> Iterator[tuple[str, float]]:
     cases = itertools.product((1, 2), (torch.bfloat16, torch.float32), GATES, (False, True), (True, False))
     cases = (case for case in cases if case[4] or not case[3])  # of beta up to 2 packed sequences, which are the harder
     for i, (split, g_dtype, gate, neg_eigval, varlen) in enumerate(cases):
@@ -171,12 +175,22 @@ def main() -> None:
         known_calls.known.clear()
         state_dtype, state_v_first = (torch.float32, torch.bfloat16)[i % 2], i % 4 < 2
         decay = "strong" if varlen else ("strong", "weak", "huge state")[(i // 3 + i // 9) % 3]
-        found = call(g_dtype, gate, neg_eigval, varlen, state_dtype, state_v_first, decay)
-        print(
-            f"{split=} {g_dtype=} {gate=} {neg_eigval=} {varlen=} {decay=} {state_dtype=} "
-            f"{state_v_first=} error {found:.1e}", flush=True,
-        )  # fmt: skip
-        assert found < BOUND
+        name = f"{split=} {g_dtype=} {gate=} {neg_eigval=} {varlen=} {decay=} {state_dtype=} {state_v_first=}"
+        yield name, call(g_dtype, gate, neg_eigval, varlen, state_dtype, state_v_first, decay)
+
+
+PARTS = {
+    "fused": all_fused, "decode": all_decode, "tokens": all_tokens, "serving": all_serving, "chunked": all_chunked,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Arguments: names of PARTS; all without."""
+    torch.manual_seed(0)
+    for part in sys.argv[1:] or PARTS:
+        for name, found in PARTS[part]():
+            print(f"{part} {name} error {found:.1e}", flush=True)
+            assert found < BOUND
 
 
 if __name__ == "__main__":

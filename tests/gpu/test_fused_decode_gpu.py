@@ -24,7 +24,7 @@ AT_MOST = 3e-3
 @settings(settings.get_profile(os.environ.get("KDA_CUTE_GPU_PROFILE", "gpu")))
 @given(case=cases())
 def test_call(case: FusedCase) -> None:
-    check(make(case, DEVICE), fused_decode_kda, AT_MOST)
+    check(make(case, DEVICE), fused_decode_kda)
 
 
 @pytest.mark.parametrize("conv", [False, True])
@@ -34,13 +34,13 @@ def test_call(case: FusedCase) -> None:
 def test_every_kernel(conv: bool, norm: bool, gate: str, group: int) -> None:
     """More blocks than are on the GPU at a time."""
     case = FusedCase(11, N=150, H=4, group=group, conv=conv, norm=norm, gate=gate, nulls=True)
-    check(make(case, DEVICE), fused_decode_kda, AT_MOST)
+    check(make(case, DEVICE), fused_decode_kda)
 
 
 @pytest.mark.parametrize("g_dtype, dtype", [("fp32", "bf16"), ("fp16", "fp16"), ("fp32", "fp16")])
 def test_other_dtypes(g_dtype: str, dtype: str) -> None:
     case = FusedCase(12, N=5, H=2, dtype=dtype, g_dtype=g_dtype, weight_dtype=dtype, indices="int64", separate=True)
-    check(make(case, DEVICE), fused_decode_kda, AT_MOST)
+    check(make(case, DEVICE), fused_decode_kda)
 
 
 def test_pool_past_2_31_elements() -> None:
