@@ -18,7 +18,7 @@ import torch
 
 from . import report
 from .cases import SUITES, Case
-from .impls import IMPLS, installed
+from .impls import IMPLS, given, installed
 from .measure import DeviceLost, measure, profile
 
 
@@ -37,6 +37,8 @@ def main() -> int:
     parser.add_argument("--commit", help="what the rows say, where this is a copy without .git")
     parser.add_argument("--check", action="store_true", help="only say whether the benchmark can run here")
     options = parser.parse_args()
+    if "serving" in (options.suite or ()) and len(set(options.suite)) > 1:
+        parser.error("--suite serving needs a process of its own: it changes how Triton tunes kernels")
     if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print(
             f"the benchmark needs a Hopper GPU (H100, H200) and a CUDA build of torch; here: {_found()}.\n"
@@ -62,8 +64,10 @@ def run(options: argparse.Namespace) -> int:
         f"{common['gpu']}, torch {common['torch']}, CUDA {common['cuda']}, commit {common['commit']}, "
         f"device copy {common['copy_gb_s']:.0f} GB/s"
     )
+    suites = {suite: SUITES[suite] for suite in options.suite or ["headline"]}
     for name in impls:
-        print(f"- {IMPLS[name].label}" + (f" is given {IMPLS[name].given}" if IMPLS[name].given else ""))
+        others = next((text for cases in suites.values() for case in cases if (text := given(name, case))), "")
+        print(f"- {IMPLS[name].label}" + (f" is given {others}" if others else ""))
     for name in IMPLS:
         if not options.impl and name not in impls:
             print(f"- not installed: {IMPLS[name].label}", flush=True)
@@ -71,13 +75,14 @@ def run(options: argparse.Namespace) -> int:
     done: list[tuple[str, Case, list[report.Row]]] = []
     left_out = []
     lost = None
-    for suite in dict.fromkeys(options.suite or ["headline"]):
-        for case in SUITES[suite]:
+    for suite, cases in suites.items():
+        for case in cases:
             if lost or (options.budget is not None and time.monotonic() - started > options.budget):
                 left_out.append(f"{suite}: {case.name}")
                 continue
             try:
-                rows = measure(case, impls, bool(options.impl), dict(suite=suite, **common))
+                those = [name for name in impls if IMPLS[name].is_for(case)]
+                rows = measure(case, those, bool(options.impl), dict(suite=suite, **common))
             except DeviceLost as e:
                 lost = f"{suite}: {case.name}: {e}"
                 continue
@@ -87,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
     if not lost:
         try:
             for suite, case, rows in done:
+                if case.serving:  # many cases, and all can be captured
+                    continue
                 profile(case, rows)
                 _write(options.out, suite, done)
         except DeviceLost as e:

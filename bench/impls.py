@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from .cases import D, Inputs
-
-Results = tuple[torch.Tensor, torch.Tensor | None]
-Call = Callable[[], Results]
+from . import serving
+from .cases import Case, D, Inputs, Serving
+from .serving import Call, Results
 
 
 def kda_cute(x: Inputs) -> Call:
@@ -142,6 +141,10 @@ def _log_decay(x: Inputs) -> torch.Tensor:
     return safe_gate(x.g.float(), x.A_log, x.dt_bias, x.lower_bound)
 
 
+def only_serving(x: Inputs) -> Call:
+    raise NotImplementedError("is measured in the suite serving only")
+
+
 def _needs_v_first(x: Inputs) -> None:
     if not x.state_v_first:
         raise NotImplementedError("has states with V first only")
@@ -164,6 +167,10 @@ class Impl:
     given: str = ""  # where not the tensors that the others get
     no_graph: str = ""  # why a CUDA graph cannot hold it
 
+    def is_for(self, case: Case) -> bool:
+        """Servers' kernels are measured as servers call them."""
+        return bool(case.serving) or self.make is not only_serving
+
 
 CUDNN = "nvidia-cudnn-frontend"
 IMPLS = {
@@ -177,6 +184,8 @@ IMPLS = {
         given="normalised q and k, log decay and step size in fp32: it fuses neither gate, norm nor sigmoid",
     ),
     "flash_kda": Impl(flash_kda, "FlashKDA", "flash_kda", "flash_kda"),
+    "sglang": Impl(only_serving, "SGLang (Triton)", "sglang", "sglang"),
+    "vllm": Impl(only_serving, "vLLM (Triton)", "vllm", "vllm"),
     "fla-gdn": Impl(
         fla_gdn, "fla GDN (scalar gate)", "fla", "fla-core", peer=False, checked=False,
         given="one log decay a head and token: another, smaller operation",
@@ -185,6 +194,18 @@ IMPLS = {
         reference, "reference (torch)", "kda_cute", "kda-cute", peer=False, no_graph="it plans its chunks on the host"
     ),
 }  # fmt: skip
+
+
+def make(name: str, x: Inputs) -> Call:
+    if not isinstance(x, Serving):
+        return IMPLS[name].make(x)
+    if name not in serving.CALLS:
+        raise NotImplementedError("has no call with a pool of states")
+    return serving.CALLS[name](x)
+
+
+def given(name: str, case: Case) -> str:
+    return serving.GIVEN.get(name, "") if case.serving else IMPLS[name].given
 
 
 def installed() -> list[str]:

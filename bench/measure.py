@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from .cases import Case, Inputs, make_inputs
-from .impls import IMPLS, Call, version
+from . import serving
+from .cases import Case, Inputs, Serving, make_inputs
+from .impls import IMPLS, Call, given, make, version
 from .report import Row
-from .timing import capture, event_times, host_time, profiler_times
+from .timing import REPEATS, capture, event_times, host_time, profiler_times
 
 REFERENCE_LIMIT = 1 << 16  # T * H up to which the reference is timed unasked
 REFERENCE_REPEATS = 5  # it takes tens of milliseconds
+SERVING_REPEATS = 10  # there are many cases
 ERROR_TOKENS = 1024  # at the start of a sequence
 ERROR_LIMIT = 0.05  # ten times that of any implementation here: what is above computes something else
 
@@ -75,22 +77,26 @@ def _measure(case: Case, rows: dict[str, Row], asked: bool) -> None:
         if name in replays:
             with torch.inference_mode():  # some results are inference tensors
                 results[name][0].zero_()
+                x.reset()
             replays[name]()  # so that what is compared is what the timed graph computes
             o = results[name][0]
         else:
+            x.reset()
             o = call()[0]
         set_error(rows[name], error(o.view(x.v.shape), truth))
 
-    for name, (lower, median, upper) in event_times(replays).items():
+    repeats = SERVING_REPEATS if case.serving else REPEATS
+    host = (SERVING_REPEATS, 2) if case.serving else ()
+    for name, (lower, median, upper) in event_times(replays, repeats).items():
         rows[name].update(graph_us=median, graph_us_quartiles=(lower, upper))
     fast = {name: call for name, call in calls.items() if name != "reference"}
-    eager = event_times(fast, from_idle=True)
+    eager = event_times(fast, repeats, from_idle=True)
     if "reference" in calls:
         eager |= event_times({"reference": calls["reference"]}, REFERENCE_REPEATS, from_idle=True)
     for name, (lower, median, upper) in eager.items():
         rows[name].update(eager_us=median, eager_us_quartiles=(lower, upper))
         rows[name]["host_us"] = (
-            host_time(calls[name], 1, REFERENCE_REPEATS) if name == "reference" else host_time(calls[name])
+            host_time(calls[name], 1, REFERENCE_REPEATS) if name == "reference" else host_time(calls[name], *host)
         )
 
 
@@ -99,7 +105,7 @@ def profile(case: Case, rows: Iterable[Row]) -> None:
     measured = {row["impl"]: row for row in rows if row["eager_us"]}
     try:
         x = make_inputs(case)
-        calls = {name: IMPLS[name].make(x) for name in measured}
+        calls = {name: make(name, x) for name in measured}
         for call in calls.values():
             call()
         for name, us in profiler_times(calls).items():
@@ -118,7 +124,7 @@ def _first_calls(x: Inputs, rows: dict[str, Row]) -> dict[str, Call]:
         if row["refused"]:
             continue
         try:
-            call = IMPLS[name].make(x)
+            call = make(name, x)
             torch.cuda.synchronize()
             start = time.perf_counter()
             call()
@@ -143,6 +149,10 @@ def expected(case: Case, x: Inputs) -> list[Slice]:
     for n in sorted({0, case.N - 1}):
         start = sum(case.lengths[:n])
         tokens = slice(start, start + min(case.lengths[n], ERROR_TOKENS))
+        if isinstance(x, Serving) and case.serving == "fused":
+            every = torch.arange(case.H, device=x.q.device)
+            slices.append((tokens, every, serving.expected(x, n)))
+            continue
         q, k, v, g, beta = (y[:, tokens].index_select(2, heads).double() for y in (x.q, x.k, x.v, x.g, x.beta))
         with torch.no_grad():
             o, _ = chunk_kda(
@@ -172,7 +182,7 @@ def _row(case: Case, name: str, common: dict[str, Any]) -> Row:
     return dict(
         case=case.name, T=case.T, N=case.N, H=case.H, gate=case.gate, impl=name,
         label=impl.label if impl else "memory floor", version=version(impl) if impl else "",
-        peer=bool(impl and impl.peer), given=impl.given if impl else "", refused="", no_graph="", wrong="",
+        peer=bool(impl and impl.peer), given=given(name, case) if impl else "", refused="", no_graph="", wrong="",
         graph_us=None, graph_us_quartiles=None, profiler_us=None, eager_us=None, eager_us_quartiles=None, host_us=None,
         first_s=None, floor_us=case.floor_bytes / common["copy_gb_s"] / 1e3, gb_s=None, copy_percent=None, err_o=None,
         **common,

@@ -53,7 +53,9 @@ def floor_by_shape(rows: Sequence[Row]) -> Figure | None:
 
 
 def time_by_tokens(rows: Sequence[Row]) -> Figure | None:
-    single = [row for row in rows if row["N"] == 1 and row["gate"] == "prod" and row["suite"] != "decode"]
+    single = [
+        row for row in rows if row["N"] == 1 and row["gate"] == "prod" and row["suite"] not in ("decode", "serving")
+    ]
     heads = [H for H in sorted({row["H"] for row in single}) if len({r["T"] for r in single if r["H"] == H}) > 1]
     panels = {f"one sequence, H = {H}": [row for row in single if row["H"] == H] for H in heads}
     figure = _panels(panels, "T", "tokens T")

@@ -19,7 +19,7 @@ import torch
 from bench import measure, plot, report
 from bench.__main__ import run
 from bench.cases import SUITES, Case, make_inputs
-from bench.impls import IMPLS
+from bench.impls import IMPLS, given, make
 from bench.measure import ERROR_LIMIT, ERROR_TOKENS, error, expected, set_error
 from bench.timing import on_quickest_core, split_by_flush
 from kda_cute import chunk_kda, demo
@@ -38,6 +38,10 @@ TOKENS = {  # suite -> tokens, sequences and heads of its cases
     "gates": [(8192, 1, 96)] * 3 + [(8192, 1, 16)] * 3 + [(65536, 1, 16)] * 3,
     "unbounded": [(8192, 1, H) for H in (96, 96, 64, 64, 16, 16)],
     "length": [(16384 << i, 1, 8) for i in range(7)],
+    "serving": [(8256, 68, H) for H in (12, 32, 3, 4, 6, 8, 16)]
+    + [(T, N, H) for H in (12, 32) for T, N in ((2048, 1), (2304, 258), (16400, 20))]
+    + [(N, N, H) for H in (12, 32, 12, 32) for N in (1, 4, 16, 64, 256, 512)]
+    + [(32 * S, 32, H) for H in (12, 32) for S in (2, 4, 8)],
     "ragged": [(70193, 51, 8), (70176, 51, 8)],
 }
 
@@ -102,6 +106,76 @@ def test_error_is_small_for_the_operation_and_large_for_a_wrong_last_sequence(le
     wrong = o.clone()
     wrong[:, -lengths[-1] :] *= 2
     assert error(wrong, truth) > ERROR_LIMIT
+
+
+SERVED = [Case((33, 5, 1, 1), 2, serving="mix")] + [
+    Case((tokens,) * 3, 2, recurrent=True, serving=serving)
+    for serving, tokens in (("decode", 1), ("fused", 1), ("verify", 4))
+]
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.serving)
+def test_a_call_on_a_pool_is_right_and_can_be_repeated(case: Case):
+    x = make_inputs(case, device="cpu")
+    pool = x.pool.clone()
+    assert x.pool.stride(0) > x.pool[0].numel() and torch.equal(x.state, x.pool[x.indices[:, 0]])
+    truth = expected(case, x)
+    for _ in range(2):
+        x.reset()
+        assert torch.equal(x.pool, pool)
+        o, states = make("kda-cute", x)()
+        assert error(o.view(x.v.shape), truth) < 4e-3
+    slots = set(x.indices[:, 0].tolist())
+    changed = {slot for slot in range(len(pool)) if not torch.equal(x.pool[slot], pool[slot])}
+    assert changed == (set() if case.serving == "verify" else slots)
+    assert states.shape == ((3, 4, 2, 128, 128) if case.serving == "verify" else pool.shape)
+
+
+def test_verify_counts_the_state_of_each_token_and_fused_what_is_fused():
+    verify, fused = (Case((S,) * 3, H=2, recurrent=True, serving=name) for S, name in ((4, "verify"), (1, "fused")))
+    state, token = 2 * 128 * 128 * 4, 2 * (5 * 2 * 128 + 2)
+    assert verify.floor_bytes == 12 * token + (3 + 12) * state
+    columns = 3 * 2 * 128 * 2  # in bf16
+    assert fused.floor_bytes == 3 * token + 6 * state + columns * (4 + 3 * 6) + 3 * 2 * 128 * 2
+
+
+def test_servers_kernels_are_measured_in_serving_only():
+    plain, served = Case((8,), 2), SERVED[0]
+    assert [IMPLS[name].is_for(plain) for name in ("kda-cute", "fla", "sglang", "vllm")] == [True, True, False, False]
+    assert all(IMPLS[name].is_for(served) for name in ("kda-cute", "fla", "sglang", "vllm"))
+    for name in ("kda_hopper", "reference"):
+        with pytest.raises(NotImplementedError, match="has no call with a pool"):
+            make(name, make_inputs(served, device="cpu"))
+    assert "dense" in given("vllm", served) and given("fla", plain) == ""
+    assert given("kda_hopper", plain) and not given("kda_hopper", served)
+
+
+def test_states_are_gathered_and_scattered_for_who_has_no_pool():
+    """FlashKDA, which is made up here."""
+    x = make_inputs(SERVED[0], device="cpu")
+
+    def fwd(q, k, v, g, beta, scale, o, A_log, dt_bias, lower_bound, state, final_state, cu):
+        chunk_kda(
+            q, k, v, g, beta, scale, state, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, lower_bound=lower_bound, state_v_first=True, cu_seqlens=cu, A_log=A_log,
+            dt_bias=dt_bias, out=o, final_state=final_state,
+        )  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flash_kda", types.SimpleNamespace(fwd=fwd))
+        o, _ = make("flash_kda", x)()
+        theirs = x.pool.clone()
+        with pytest.raises(NotImplementedError, match="has no call for decode"):
+            make("flash_kda", make_inputs(SERVED[1], device="cpu"))
+    x.reset()
+    want, _ = make("kda-cute", x)()
+    assert (o - want).norm() / want.norm() < 1e-2 and (theirs - x.pool).norm() / x.pool.norm() < 1e-3
+
+
+def test_serving_has_a_process_of_its_own():
+    command = [sys.executable, "-m", "bench", "--suite", "serving", "--suite", "headline"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "a process of its own" in done.stderr
 
 
 def test_nan_is_an_error_that_json_can_hold():
@@ -267,8 +341,8 @@ def without_gpu(monkeypatch):
         return lambda: (o, None)
 
     stand_ins = {"kda-cute": writes, "fla": without_state, "flash_kda": refuses}
-    for name, make in stand_ins.items():
-        monkeypatch.setitem(IMPLS, name, dataclasses.replace(IMPLS[name], make=make))
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setitem(IMPLS, name, dataclasses.replace(IMPLS[name], make=stand_in))
     monkeypatch.setitem(SUITES, "short", [Case((9, 4), 2), Case((7,), 2)])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(measure, "_free", lambda: None)

@@ -44,6 +44,8 @@ FILES = {
 }  # fmt: skip
 
 STUBS = {
+    "sglang/__init__.py": '__version__ = "0.5.23"\n',
+    "vllm/__init__.py": '__version__ = "0.33.0"\n',
     "sglang/version.py": '__version__ = "0.5.23"\n',
     "sglang/kernels/jit/utils.py": """\
 from types import SimpleNamespace
