@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.serving import tune_quickly
 from kda_cute.integrations import sglang as sglang_plugin
 from kda_cute.integrations import vllm as vllm_plugin
 from tests.gpu.oracle import relative_error
@@ -158,6 +159,7 @@ def sglang() -> Any:
     """SGLang's own kernel class."""
     if why := missing("sglang"):
         pytest.skip(why)
+    tune_quickly()
     return importlib.import_module("sglang.srt.layers.attention.linear.kernels.kda_triton").TritonKDAKernel()
 
 
@@ -295,6 +297,7 @@ def test_sglang_decode_in_a_graph(sglang: Any) -> None:
 def vllm() -> None:
     if why := missing("vllm"):
         pytest.skip(why)
+    tune_quickly()
 
 
 def vllm_pair(module: str, name: str, layer: str = "") -> tuple[Any, Any]:
