@@ -307,14 +307,12 @@ def check_checkpoints(call: Call, sizes: Sizes) -> None:
         _bad_shape("checkpoint_state", states.shape, str(list(wanted)))
     if states.device != call.q.device:
         _bad_device(call.q.device, checkpoint_state=states)
-    if states.dim() == 5:
-        if not states.is_contiguous() or not _on_16_bytes(states):
-            raise ValueError(
-                f"checkpoint_state has strides {states.stride()}: must be contiguous, on an address that is a multiple "
-                "of 16"
-            )
-    else:
+    if states.dim() == 4:
         _check_slots("checkpoint_state", states)
+    elif not states.is_contiguous():
+        raise ValueError(f"checkpoint_state has strides {states.stride()}: must be contiguous")
+    if not _on_16_bytes(states):
+        raise ValueError(f"checkpoint_state is at address {states.data_ptr():#x}: must be at a multiple of 16")
 
 
 def check_scale(scale: float | None, K: int) -> float:

@@ -82,12 +82,13 @@ def chunk_kda(
             [1, R, HV, ...], sequence by sequence, R such that there is room for any cu_seqlens; what is left of it is
             not written.
         checkpoint_offsets: [N] or [N, M], int32 or int64. The state after so many tokens of a sequence goes to its
-            checkpoint_state; none for 0 and for more tokens than there are. Multiples of 32 are free, others are
+            checkpoint_state; none for 0 and for more tokens than there are. Multiples of 32 take less time: others are
             reached token by token.
         checkpoint_state: for them, bf16 or fp32: [N, HV, ...] or [N, M, HV, ...]; with checkpoint_indices, of the shape
             of checkpoint_offsets, slots of a pool [R, HV, ...], which may be initial_state. null_index counts here too.
         batch_invariant: the bits of a sequence's results depend on nothing else in the call, nor, with fp32 states, on
-            how it is split between calls at multiples of 32 tokens. Costs time where heads are few and gates weak.
+            how it is split between calls at multiples of 32 tokens, if its numbers are finite. Takes more time where
+            heads are few and gates weak.
         out: o, in the dtype of q. final_state: the last states, bf16 or fp32, each contiguous.
         backend: None takes "cute" for CUDA tensors and "reference" for those on the CPU. "reference" is torch on any
             device, also on meta, in fp32 (fp64 for fp64 inputs).

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from kda_cute import contract, devices, jit, known_calls
+from kda_cute import contract, devices, jit, known_calls, replay_shape
 from kda_cute.backends import hopper
 from kda_cute.kernels import build_sm90, decode_sm90
 from kda_cute.kernels.arguments import Kept, Numbers
 from kda_cute.kernels.config import KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig
 from kda_cute.ops import chunk_kda, fused_recurrent_kda, fwd
 from tests.strategies import Case
-from tests.test_contract import BAD, LOG, NOT_SERVED, SOFTPLUS, arguments, bf16, fp32, fp64, on_gpu, zeros
+from tests.test_contract import BAD, LOG, NOT_SERVED, SOFTPLUS, OnGpu, arguments, bf16, fp32, fp64, on_gpu, zeros
 
 H, D, T = 2, 128, 20
 FIXED = Case(1, (T,), H=H, initial_state="fp32")
@@ -386,6 +386,38 @@ def test_odd_strides(name: str, launches: list[Any], caplog: pytest.LogCaptureFi
             chunk_kda(**{**kwargs, name: wide})
     assert all(address(y, name) != wide.data_ptr() for y in launches) and len(launches) == 3
     assert [r.getMessage().split()[0] for r in caplog.records] == [name]
+
+
+@pytest.mark.parametrize("how", ["address", "pitch"])
+@pytest.mark.parametrize("name", ["initial_state", "final_state", "checkpoint_state", "token_states", "replay"])
+def test_what_is_never_copied(name: str, how: str, launches: list[Any]) -> None:
+    """States of servers that the kernels cannot address are refused, before and after calls that were right."""
+    pool, rows = zeros(5, H, D, D, dtype=fp32), torch.tensor([1, 0])
+    kwargs = {**full(PACKED), "state_indices": torch.tensor([4, 0]), "initial_state": pool}
+    kwargs["final_state"] = torch.zeros_like(pool)
+    function: Any = chunk_kda
+    if name in ("token_states", "replay"):
+        function = fused_recurrent_kda
+        del kwargs["safe_gate"]
+        kwargs[name] = (
+            zeros(3, 2, H, D, D, dtype=fp32)
+            if name == "token_states"
+            else (zeros(*replay_shape(3, 2, H, D, D), dtype=fp32))
+        )
+        kwargs["token_state_indices"] = rows
+    elif name == "checkpoint_state":
+        kwargs.update(checkpoint_offsets=torch.tensor([3, 2]), checkpoint_indices=rows, checkpoint_state=pool.clone())
+    x = kwargs[name] = kwargs[name].as_subclass(OnGpu)
+    for _ in range(3):
+        function(**kwargs)
+    launches.clear()
+    wide = torch.zeros(len(x), x[0].numel() + 1)[:, :-1].view(x.shape).as_subclass(OnGpu)
+    for _ in range(3):
+        with pytest.raises(
+            ValueError, match=f"^{name} (is at address|has strides) .*16|^{name} has strides .* contiguous"
+        ):
+            function(**{**kwargs, name: shifted(x) if how == "address" else wide})
+    assert not launches
 
 
 CHANGES: dict[str, dict[str, Any]] = {
