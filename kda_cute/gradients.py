@@ -1,7 +1,7 @@
 """Gradients of `chunk_kda`. There are no backward kernels yet.
 
-The same forward is run again, by fla's Triton kernels where fla is installed and has them, else by the chunked
-reference in fp32 (fp64 for fp64 inputs), which keeps all of its intermediate results: about 30 KiB a token and head.
+By fla's Triton kernels, which run the same forward again, where fla is installed and has them; else by the chunked
+backward of the reference in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -26,17 +26,23 @@ _log = logging.getLogger("kda_cute")
 
 def make(call: dict[str, Any], do: Tensor, dht: Tensor | None, wanted: list[str]) -> dict[str, Tensor]:
     """The gradients of the arguments whose names are `wanted`, from that of o and that of the final state, if any."""
-    leaves = {name: call[name].detach().requires_grad_() for name in wanted}
+    q = call["q"]
+    fla_chunk_kda = fla() if call["backend"] != "reference" and q.is_cuda and q.shape[-1] <= 256 else None
     with _autograd():
+        if fla_chunk_kda is None:
+            made = reference.backward(call, do, dht)
+            return {name: made[name] for name in wanted}
+        leaves = {name: call[name].detach().requires_grad_() for name in wanted}
         state, has = leaves.get("initial_state", call["initial_state"]), call["has_initial_state"]
         if state is not None and has is not None:
             state = torch.where(has.view(-1, 1, 1, 1), state, 0)
-        o, S = _again({**call, **leaves, "initial_state": state, "output_final_state": dht is not None})
-        outputs, given = [o], [do]
+        given = {**call, **leaves, "initial_state": state, "output_final_state": dht is not None}
+        o, S = _forward_of_fla(fla_chunk_kda, given)
+        outputs, of_outputs = [o], [do]
         if S is not None and dht is not None:
-            outputs, given = [o, S], [do, dht]
-        made = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
-    return {name: _gradient(call, name, x) for name, x in zip(wanted, made, strict=True)}
+            outputs, of_outputs = [o, S], [do, dht]
+        found = torch.autograd.grad(outputs, list(leaves.values()), of_outputs, allow_unused=True)
+    return {name: _gradient(call, name, x) for name, x in zip(wanted, found, strict=True)}
 
 
 @contextlib.contextmanager
@@ -51,23 +57,16 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-def _again(call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The forward pass, by something that autograd can follow."""
-    q = call["q"]
-    if call["backend"] != "reference" and q.is_cuda:
-        fla_chunk_kda = fla()
-        if fla_chunk_kda is not None and q.shape[-1] <= 256:
-            if call["cu_seqlens"] is not None and not _captures():  # fla's kernels write where its values say
-                contract.check_cu_seqlens(call["cu_seqlens"], q.shape[1])
-            others = (name for name in ARGUMENTS if name not in (*DIFFERENTIABLE, *_NOT_FLAS))
-            state, A_log, dt_bias = (x if x is None else x.float() for x in map(call.get, DIFFERENTIABLE[5:]))
-            return fla_chunk_kda(
-                *(call[name] for name in DIFFERENTIABLE[:5]), initial_state=state,
-                A_log=A_log if A_log is None else A_log.flatten(),
-                dt_bias=dt_bias if dt_bias is None else dt_bias.flatten(), **{name: call[name] for name in others},
-            )  # fmt: skip
-    o, S = reference.forward(call)
-    return o.to(q.dtype), S
+def _forward_of_fla(fla_chunk_kda: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    if call["cu_seqlens"] is not None and not _captures():  # fla's kernels write where its values say
+        contract.check_cu_seqlens(call["cu_seqlens"], call["q"].shape[1])
+    others = (name for name in ARGUMENTS if name not in (*DIFFERENTIABLE, *_NOT_FLAS))
+    state, A_log, dt_bias = (x if x is None else x.float() for x in map(call.get, DIFFERENTIABLE[5:]))
+    return fla_chunk_kda(
+        *(call[name] for name in DIFFERENTIABLE[:5]), initial_state=state,
+        A_log=A_log if A_log is None else A_log.flatten(),
+        dt_bias=dt_bias if dt_bias is None else dt_bias.flatten(), **{name: call[name] for name in others},
+    )  # fmt: skip
 
 
 def _captures() -> bool:

@@ -70,7 +70,7 @@ def chunked(
     )
     B, T, HV, K, V = *k.shape, v.shape[-1]
     q, k, v, g, beta = (x.flatten(0, 1) for x in (q, k, v, g, beta))
-    plan = _Plan.make(sequence_bounds(B, T, cu_seqlens), chunk_size, q.device)
+    plan = Plan.make(sequence_bounds(B, T, cu_seqlens), chunk_size, q.device)
     N = len(plan.order)
 
     if initial_state is None:
@@ -88,7 +88,7 @@ def chunked(
         begin = plan.offset[first]
         tokens, valid = plan.rows(begin, begin + sum(steps))
         gathered = [_gather(x, tokens, valid) for x in (q, k, v, g, beta)]
-        chunks = _prepare(*gathered)
+        chunks = prepare(*gathered)
         U, QS, before = [], [], []
         at = 0
         for n in steps:
@@ -120,7 +120,7 @@ def chunked(
     return o, (S if state_v_first else S.transpose(-1, -2)).contiguous()
 
 
-class _Chunks(NamedTuple):
+class Chunks(NamedTuple):
     """What a chunk gives to the state loop, n chunks at once."""
 
     W_Qd: torch.Tensor  # [n, HV, 2C, K], W above Qd: one product with S for both
@@ -130,13 +130,10 @@ class _Chunks(NamedTuple):
     decay: torch.Tensor  # [n, HV, 1, K]
 
 
-def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> _Chunks:
+def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> Chunks:
     """q, k, g [n, HV, C, K], v [n, HV, C, V], beta [n, HV, C]. Needs no state: all chunks in parallel."""
     C = q.shape[-2]
-    row = torch.arange(C, device=q.device)
-    # log E[i, j] is summed from j + 1 up and never taken as G_i - G_j: that would lose all digits of a weak decay
-    # behind a token of -1000 nats. Above the diagonal nothing is summed, E is 1 there, and tril removes it.
-    E = torch.where(row[:, None, None] > row[None, :, None], g[..., :, None, :], 0).cumsum(-3).exp()
+    E = pair_decays(g)
     kE = k[..., None, :, :] * E  # [n, HV, i, j, K]
     beta = beta[..., None]
     A = (beta * (kE @ k[..., :, :, None]).squeeze(-1)).tril(-1)
@@ -145,7 +142,15 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
     T = torch.linalg.solve_triangular(identity + A, identity, upper=False, unitriangular=True)
     G = g.cumsum(-2).exp()
     W = T @ (beta * k * G)
-    return _Chunks(W_Qd=torch.cat((W, q * G), -2), U0=T @ (beta * v), M=M, Kr=kE[..., -1, :, :], decay=G[..., -1:, :])
+    return Chunks(W_Qd=torch.cat((W, q * G), -2), U0=T @ (beta * v), M=M, Kr=kE[..., -1, :, :], decay=G[..., -1:, :])
+
+
+def pair_decays(g: torch.Tensor) -> torch.Tensor:
+    """E [n, HV, C, C, K] of g [n, HV, C, K], 1 above the diagonal."""
+    row = torch.arange(g.shape[-2], device=g.device)
+    # log E[i, j] is summed from j + 1 up and never taken as G_i - G_j: that would lose all digits of a weak decay
+    # behind a token of -1000 nats. Above the diagonal nothing is summed, E is 1 there.
+    return torch.where(row[:, None, None] > row[None, :, None], g[..., :, None, :], 0).cumsum(-3).exp()
 
 
 def _is_finite(x: torch.Tensor) -> bool:
@@ -179,7 +184,7 @@ def _gather(x: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> torch
     return torch.where(valid.reshape(*valid.shape, *[1] * (x.dim() - 1)), rows, 0).transpose(1, 2)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Which token sits in which chunk. Sequences go longest first, chunks step by step: the chunks of step c are those
     of sequences 0 .. active[c] - 1, next to each other, so a step of the state loop serves all sequences at once."""
 
@@ -192,7 +197,7 @@ class _Plan(NamedTuple):
     device: torch.device
 
     @staticmethod
-    def make(bounds: list[tuple[int, int]], chunk_size: int, device: torch.device) -> _Plan:
+    def make(bounds: list[tuple[int, int]], chunk_size: int, device: torch.device) -> Plan:
         begin = torch.tensor([b for b, _ in bounds], dtype=torch.int64, device="cpu")
         length = torch.tensor([e - b for b, e in bounds], dtype=torch.int64, device="cpu")
         order = length.argsort(descending=True, stable=True)
@@ -203,7 +208,7 @@ class _Plan(NamedTuple):
         offset = active.cumsum(0) - active
         step = torch.repeat_interleave(torch.arange(steps, device="cpu"), active)
         sequence = torch.arange(len(step), device="cpu") - offset[step]
-        return _Plan(
+        return Plan(
             order=order.to(device),
             active=active.tolist(),
             offset=offset.tolist(),

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import contract
 from ..call import Call
 from ..contract import Sizes
+from ..reference.backward import chunked_backward
 from ..reference.chunked import chunked
 from ..reference.recurrence import recurrence
 from ..reference.transforms import sequence_bounds, transform
@@ -51,10 +52,26 @@ _OPTIONS = [*Call._fields[: Call._fields.index("state_indices")]]  # of a call t
 def forward(call: dict[str, Any], recurrent: bool = False) -> tuple[Tensor, Tensor | None]:
     """o and the final state in fp32, or in fp64 for fp64 inputs, also under autocast."""
     options = {name: call[name] for name in _OPTIONS}
-    device = call["q"].device.type
-    as_it_is = contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-    with as_it_is:
+    with _no_autocast(call):
         return (recurrence if recurrent else chunked)(**options, dtype=contract.state_dtype(call["v"]))
+
+
+def backward(call: dict[str, Any], do: Tensor, dht: Tensor | None) -> dict[str, Tensor]:
+    """The gradients of what is given of DIFFERENTIABLE, made in the dtype that `forward` has."""
+    options = {name: call[name] for name in _OPTIONS}
+    state, has = call["initial_state"], call["has_initial_state"]
+    if state is not None and has is not None:
+        options["initial_state"] = torch.where(has.view(-1, 1, 1, 1), state, 0)
+    with _no_autocast(call):
+        made = chunked_backward(do, dht, **options, dtype=contract.state_dtype(call["v"]))
+    if state is not None and has is not None:
+        made["initial_state"] = torch.where(has.view(-1, 1, 1, 1), made["initial_state"], 0)
+    return made
+
+
+def _no_autocast(call: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    device = call["q"].device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _slots(call: Call, indices: Tensor) -> Tensor:
