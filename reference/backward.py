@@ -174,8 +174,7 @@ class _Part(NamedTuple):
             for x in leaves.values():
                 x.requires_grad_()
             outputs = self.transformed(at, leaves)
-        gradients = self.chunks(first, at, [x.detach() for x in outputs], S, dS, whole)
-        *of_outputs, dS = gradients
+        *of_outputs, dS = self.chunks(first, at, [x.detach() for x in outputs], S, dS, whole)
         given = [at.tokens(x)[None] for x in of_outputs]
         found = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
         for (name, leaf), x in zip(leaves.items(), found, strict=True):
