@@ -104,7 +104,7 @@ def chunk_kda(
     them. The last bits of a result may depend on what else is in the call and on tokens that come later, about 1e-4 of
     it: what a call is cut into for the GPU depends on all of its lengths.
 
-    Both are differentiable, by running the forward pass again: see `gradients`. torch.compile and export take the call
+    Both are differentiable, without backward kernels yet: see `gradients`. torch.compile and export take the call
     as one operator. Under torch.autocast q, k and v in fp32 are taken in its dtype.
 
     With KDA_CUTE_CHECK=1 in the environment at import the values of cu_seqlens, and those of g under safe_gate, are
