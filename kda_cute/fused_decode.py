@@ -134,7 +134,7 @@ def fused_decode_kda(
         if (o := fused_hopper.run_known(call, num_heads)) is not None:
             return o, initial_state
     given = call
-    taken, ranges = memory.plain(call._asdict())
+    taken, ranges = memory.plain(call._asdict(), WRITTEN)
     if taken is not None:
         call = FusedCall(**taken)
     sizes = check(call, num_heads)

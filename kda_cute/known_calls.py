@@ -15,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import contract, memory
-from .call import TENSORS, WRITTEN, Call, key
+from .call import STATES, TENSORS, WRITTEN, Call, key
 
 try:
     TensorGuards: Any = torch._C._dynamo.guards.TensorGuards  # by attribute: torch 2.4 does not import it from there
@@ -78,8 +78,12 @@ def remember(kind: tuple[Any, ...] | None, call: Call, launch: Launch, state_sha
             known.clear()
         known[kind] = None
     elif TensorGuards is not None:
-        # torch's guards refuse a tensor that comes twice
-        given = [*{id(x): name for name in reversed(TENSORS) if (x := getattr(call, name)) is not None}.values()][::-1]
+        given = [name for name in TENSORS if getattr(call, name) is not None]
+        # torch's guards refuse a tensor that comes twice. Of states, which may, the key says which ones are one.
+        for name in STATES[1:]:
+            x = getattr(call, name)
+            if x is not None and any(x is getattr(call, first) for first in STATES[: STATES.index(name)]):
+                given.remove(name)
         present = _pick(given)
         try:
             guards = TensorGuards(*present(call), dynamic_dims_sizes=None, dynamic_dims_strides=None)

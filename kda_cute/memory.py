@@ -30,7 +30,7 @@ except Exception:  # torch 2.4 takes one tensor
     increment_version = _increment_version
 
 
-def plain(call: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Ranges]:
+def plain(call: Mapping[str, Any], written: Iterable[str] = WRITTEN) -> tuple[Mapping[str, Any] | None, Ranges]:
     """A call's arguments, by name, with what is inside of a wrapper in its place where that is right; and where their
     memory is. Refuses tensors that are not plain memory otherwise, and those that have lost it. None instead of the
     arguments if they are plain as they are, and no class of theirs changes what torch's functions do."""
@@ -43,14 +43,14 @@ def plain(call: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Ranges]:
         if kind is not torch.Tensor:
             if kind.__torch_function__ is not _no_torch_function and torch._C._is_torch_function_enabled():
                 with torch._C.DisableTorchFunctionSubclass():
-                    taken, ranges = plain(call)
+                    taken, ranges = plain(call, written)
                 return taken or call, ranges
             while type(x).__torch_dispatch__ is not _no_torch_dispatch:
                 x = _unwrapped(name, x)
         if x.is_nested:
             raise TypeError(f"{name} is a nested tensor: must be a tensor of one shape, cu_seqlens says what is inside")
         if x.is_neg():  # its memory has the other sign
-            if name in WRITTEN:
+            if name in written:
                 raise TypeError(f"{name} is a view with another sign than its memory: must be plain memory")
             x = x.resolve_neg()
         try:
@@ -59,7 +59,7 @@ def plain(call: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Ranges]:
             _refuse_but_for_torch(name, x)
         if x is not call[name]:
             changed[name] = x
-            if name in WRITTEN:
+            if name in written:
                 increment_version((call[name],))  # a wrapper has a counter of its own
     if not changed:
         return None, ranges

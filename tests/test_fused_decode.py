@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kda_cute import fused_decode, fused_decode_kda, fused_recurrent_kda
 from kda_cute.backends import fused_hopper
 from kda_cute.kernels.config import KdaFusedDecodeConfig
-from tests import blocks, fused_cases
+from tests import blocks, fused_cases, wrapped
 from tests.fused_cases import FusedCase, cases, check, make
 
 SMALL = FusedCase(1, N=3, H=2, K=16, V=8)
@@ -239,3 +239,42 @@ def test_blocks_of_a_grid_that_is_too_large() -> None:
 @given(case=fused_cases.cases(2, 1).filter(lambda case: case.dtype == "bf16" and case.N > 0))
 def test_blocks_of_any_call(case: FusedCase) -> None:
     check(make(case), on_blocks())
+
+
+# ---- what torch has around a tensor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processes() -> Iterator[None]:
+    yield from wrapped.processes()
+
+
+TENSORS = (
+    "mixed_qkv", "g", "beta", "A_log", "dt_bias", "initial_state", "state_indices", "conv_weight", "conv_bias",
+    "conv_state", "conv_state_indices", "output_gate", "norm_weight", "out",
+)  # fmt: skip
+
+
+def full_call() -> dict[str, Any]:
+    return make(replace(SMALL, indices="int64", separate=True, bias=True, out=True)).kwargs
+
+
+@pytest.mark.parametrize("kind", wrapped.KINDS)
+@pytest.mark.parametrize("name", TENSORS)
+def test_every_argument_in_every_wrapper(name: str, kind: str) -> None:
+    """The same numbers as without it, or an error that names the argument."""
+    wrap, error, message = wrapped.KINDS[kind]
+    if kind == "negated" and name in fused_decode.WRITTEN:
+        error, message = TypeError, "^{} is a view with another sign"
+    plain, call = full_call(), full_call()
+    assert {x for x, y in plain.items() if isinstance(y, torch.Tensor)} == {*TENSORS}
+    call[name] = wrap(call[name])
+    with torch.no_grad():
+        if error is not None:
+            with pytest.raises(error, match=message.format(name).replace("like q$", "like mixed_qkv$")):
+                fused_decode_kda(**call)
+            return
+        fused_decode_kda(**call)
+        fused_decode_kda(**plain)
+    for written in fused_decode.WRITTEN:
+        assert torch.equal(wrapped.numbers(call[written]), wrapped.numbers(plain[written]))

@@ -17,7 +17,7 @@ from kda_cute import contract, devices, jit, known_calls, replay_shape
 from kda_cute.backends import hopper
 from kda_cute.kernels import build_sm90, decode_sm90
 from kda_cute.kernels.arguments import Kept, Numbers
-from kda_cute.kernels.config import KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig
+from kda_cute.kernels.config import INDEX_INT64, KEPT_INT64, KdaBuildConfig, KdaDecodeConfig, KdaFwdConfig
 from kda_cute.ops import chunk_kda, fused_recurrent_kda, fwd
 from tests.strategies import Case
 from tests.test_contract import BAD, LOG, NOT_SERVED, SOFTPLUS, OnGpu, arguments, bf16, fp32, fp64, on_gpu, zeros
@@ -386,6 +386,21 @@ def test_odd_strides(name: str, launches: list[Any], caplog: pytest.LogCaptureFi
             chunk_kda(**{**kwargs, name: wide})
     assert all(address(y, name) != wide.data_ptr() for y in launches) and len(launches) == 3
     assert [r.getMessage().split()[0] for r in caplog.records] == [name]
+
+
+@pytest.mark.parametrize("twice", ["state_indices", "token_state_indices"])
+def test_one_tensor_for_two_arguments(twice: str, launches: list[Any]) -> None:
+    """Once they are two, each is looked at: rows in int64 are not read as int32."""
+    pool, rows = zeros(5, H, D, D, dtype=fp32), torch.tensor([1, 0], dtype=torch.int32)
+    kwargs = {**full(PACKED), "initial_state": pool, "state_indices": rows, "token_state_indices": rows}
+    kwargs.update(final_state=pool, token_states=zeros(2, T, H, D, D, dtype=fp32))
+    del kwargs["safe_gate"]
+    for _ in range(4):
+        fused_recurrent_kda(**kwargs)
+    fused_recurrent_kda(**{**kwargs, twice: rows.long()})
+    flags = [by_name(launch)["flags"] for launch in launches]
+    wide = INDEX_INT64 if twice == "state_indices" else KEPT_INT64
+    assert {x & wide for x in flags[:4]} == {0} and flags[4] & wide
 
 
 @pytest.mark.parametrize("how", ["address", "pitch"])
