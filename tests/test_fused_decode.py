@@ -259,6 +259,21 @@ def full_call() -> dict[str, Any]:
     return make(replace(SMALL, indices="int64", separate=True, bias=True, out=True)).kwargs
 
 
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_view_with_another_sign_is_not_known(name: str) -> None:
+    """Its address is that of a tensor that is."""
+    call = {**full_call(), "scale": 0.5}
+
+    def key() -> Any:
+        fields = {x: call.get(x) for x in fused_decode.FusedCall._fields}
+        return fused_hopper._key(fused_decode.FusedCall(**fields), None)
+
+    with torch.no_grad():
+        assert key() is not None
+        call[name] = torch._neg_view(call[name])
+        assert key() is None
+
+
 @pytest.mark.parametrize("kind", wrapped.KINDS)
 @pytest.mark.parametrize("name", TENSORS)
 def test_every_argument_in_every_wrapper(name: str, kind: str) -> None:

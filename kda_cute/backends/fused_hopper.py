@@ -24,6 +24,7 @@ from ..kernels.config import (
     SWISH,
     KdaFusedDecodeConfig,
 )
+from ..transforms import is_of_functorch
 from .hopper import current_device
 
 _DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -130,6 +131,8 @@ def _key(call: FusedCall, num_heads: int | None) -> tuple[Any, ...] | None:
         if not isinstance(x, Tensor):
             key.append(x)
         elif type(x) not in (Tensor, torch.nn.Parameter) or grad & x.requires_grad or x.is_inference() > inference:
+            return None
+        elif x.is_neg() or is_of_functorch(x):  # has other numbers than its memory, or none
             return None
         else:
             key += (x.data_ptr(), x.shape, x.stride(), x.dtype)
